@@ -1,0 +1,20 @@
+"""Ontogeny: the whole life of a network as one step function over one run folder."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from research.core.config import compose
+    from research.run import Run
+
+__all__ = ["Run", "__version__", "compose"]
+__version__ = "0.1.0"
+
+_HOMES = {"compose": "research.core.config", "Run": "research.run"}
+
+
+def __getattr__(name: str) -> Any:
+    """`research.compose` and `research.Run`, imported at first use: `import research` alone loads neither JAX nor Hydra."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,297 @@
+"""Times training steps, in turn with a plain torch program if asked: `python -m research.benchmark experiment=NAME peer=torch`."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+import numpy as np
+from omegaconf import DictConfig, open_dict
+from rich.console import Console
+from rich.table import Table
+
+from research.core import app
+from research.core.config import resolved
+from research.core.errors import ConfigError, DataError, ResearchError, nearest
+from research.core.folder import write_json
+from research.core.overrides import descend
+from research.data.dataset import Dataset, open_data
+from research.data.loader import Loader
+from research.data.on_device import place
+from research.data.random_data import random_data
+from research.training.assembly import assemble
+from research.training.run import device_name, environment, peak_bytes
+from research.training.timing import Block, Timer, settle
+
+PEER_FOLDER = pathlib.Path(__file__).resolve().parents[1] / "tests" / "peers"
+BUSY = 0.1  # share of the processor in other programs' hands above which a time is not that of the machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A peer's program for one family of models.
+
+    Args:    file: in `PEER_FOLDER`.  options: option of its command line -> path in the config.
+             only: path in the config -> the one value that the program knows, which it is not told.
+    """
+
+    file: str
+    options: Mapping[str, str]
+    only: Mapping[str, Any]
+
+
+_ONLY = {"model.dropout": 0.0, "train.precision": "float32", "train.accumulate": 1}
+_GPT = Program(
+    "gpt_torch.py",
+    options={
+        **{name: f"model.{name}" for name in ("vocabulary", "time", "width", "depth", "heads")},
+        "batch": "data.batch",
+        "clip": "train.clip",
+        "ema": "train.ema",
+    },
+    only={
+        "model.kv_heads": None,
+        "model.head_width": None,
+        "model.hidden": None,
+        "model.positions": "learned",
+        "model.activation": "gelu_tanh",
+        "model.norm": "layer",
+        "model.bias": False,
+        "model.tied": True,
+        "model.remat": False,
+        "optimizer._target_": "optax.adamw",
+        **_ONLY,
+    },
+)
+_CNN = Program(
+    "cnn_torch.py",
+    options={
+        **{name: f"model.{name}" for name in ("outputs", "channels", "kernel", "pool", "hidden")},
+        "batch": "data.batch",
+        "image": "data.spec.image",
+        "ema": "train.ema",
+    },
+    only={
+        "model.padding": "VALID",
+        "model.activation": "relu",
+        "model.norm": None,
+        "train.clip": None,
+        "optimizer._target_": "optax.adam",
+        **_ONLY,
+    },
+)
+PEERS = {"torch": {"research.models.gpt.GPT": _GPT, "research.models.cnn.CNN": _CNN}}
+
+
+def benchmark(config: DictConfig) -> dict[str, Any]:
+    """The measured numbers, as they are printed and written to `json`.
+
+    A step is timed from asking for its batch until all its results are there; the rate is that of training, which looks at results only every
+    `train.log_every` steps. With a peer the two programs are timed in turn, so that both see the same machine. A machine that others use bends
+    even the ratio, since a program whose threads wait for each other suffers more: `busy` says how much of it they used.
+
+    Args:    config: as `research.compose([...], verb="benchmark")` gives it.
+    Raises:  ConfigError: an experiment or peer that cannot be timed.  ResearchError: the peer's program failed.
+    """
+    for name in ("steps", "warmup", "rounds"):
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise ConfigError(f"{name}={config[name]}: must be a whole number of at least 1")
+    program = find_program(config)
+    dataset, is_random = _open(config.data)
+    with open_dict(config):
+        config.data.spec = dict(dataset.spec)
+    loader = Loader(place(dataset.split("train")), config.data.batch, seed=config.seed)
+    assembly = assemble(config, batches=len(loader))
+    assembly.check(loader.batch)
+    timer = Timer(assembly, loader, config.warmup + (config.rounds + 1) * config.steps)
+    if program is None:
+        timer.warm_up(config.warmup)
+        shares, blocks, compared = [settle()], [timer.block(config.steps)], {"peer": None, "ratio": None, "ratios": None}
+    else:
+        with started(config.peer, [*peer_command(program, config), "--steps", str(config.steps)]) as peer:
+            shares, blocks, compared = _rounds(peer, timer, config)
+    steps_per_s = timer.rate(config.steps)
+    result = {
+        "experiment": config.name,
+        "device": device_name(),
+        "busy": float(np.mean(shares)),
+        "data": "random" if is_random else "real",
+        "batch": loader.batch,
+        "parameters": timer.parameters,
+        "steps": config.steps,
+        "compile_s": timer.compile_s,
+        **_times([step for block in blocks for step, _ in block]),
+        "steps_per_s": steps_per_s,
+        "items": "tokens" if "time" in dataset.spec else "examples",
+        "items_per_s": steps_per_s * loader.batch * dataset.spec.get("time", 1),
+        "data_wait": _share(blocks),
+        "peak_bytes": peak_bytes(),
+        "versions": environment()["versions"],
+        **compared,
+    }
+    _show(result)
+    if config.json:
+        write_json(config.json, result)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code of the command line."""
+    return app.main(benchmark, "benchmark", argv)
+
+
+class Peer:
+    """A peer's program in a process of its own, which sleeps until it is asked for a block of steps.
+
+    Args:    process: answers with one line of JSON when it is ready, and with one more for each line that it reads.  errors: its stderr.
+    """
+
+    def __init__(self, name: str, process: subprocess.Popen[str], errors: IO[str]):
+        self.name, self._process, self._errors = name, process, errors
+        self.facts = {fact: value for fact, value in self._answer().items() if fact != "seconds"}
+
+    def block(self) -> list[float]:
+        """Seconds of each step of one block.
+
+        Raises:  ResearchError: the program has ended; the last line of its stderr is shown.
+        """
+        with contextlib.suppress(BrokenPipeError):  # it is dead; _answer says why
+            print(file=self._process.stdin, flush=True)
+        return self._answer()["seconds"]
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._process.stdout.readline() if self._process.stdout else ""
+        if line:
+            return json.loads(line)
+        code = self._process.wait()
+        self._errors.seek(0)
+        said = self._errors.read().strip().splitlines()
+        raise ResearchError(f"peer={self.name}: its program ended with code {code}: {said[-1] if said else 'without a word'}")
+
+
+@contextlib.contextmanager
+def started(name: str, command: list[str]) -> Iterator[Peer]:
+    """A peer that is ready; it ends with the context."""
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        try:
+            yield Peer(name, process, errors)
+        finally:
+            process.kill()
+
+
+def find_program(config: DictConfig) -> Program | None:
+    """The program of `peer` for the experiment's model; None where no peer is asked for.
+
+    Raises:  ConfigError: an unknown peer, one that is not installed, or one without a program for this model.
+    """
+    if config.peer is None:
+        return None
+    if config.peer not in PEERS:
+        raise ConfigError(f"peer={config.peer!r}{nearest(config.peer, PEERS)}")
+    programs, family = PEERS[config.peer], config.model._target_
+    if family not in programs:
+        raise ConfigError(f"peer={config.peer}: there is no program for {family}, only for {', '.join(programs)}")
+    if not (PEER_FOLDER / programs[family].file).exists():
+        raise ConfigError(
+            f"peer={config.peer}: there is no {PEER_FOLDER / programs[family].file}; the peers come with a checkout, not with the package"
+        )
+    if importlib.util.find_spec(config.peer) is None:
+        raise ConfigError(f"peer={config.peer}: {config.peer} is not installed; pip install {config.peer}")
+    return programs[family]
+
+
+def peer_command(program: Program, config: Mapping[str, Any]) -> list[str]:
+    """The command that runs a peer's program at the sizes of this config.
+
+    Args:    config: holds the data's spec.
+    Raises:  ConfigError: the config asks for something that the program does not know.
+    """
+    tree = resolved(config)
+    for path, known in program.only.items():
+        if (value := descend(tree, path)[0]) != known:
+            raise ConfigError(f"peer: {program.file} only knows {path}={json.dumps(known)}, not {json.dumps(value)}")
+    command = [sys.executable, str(PEER_FOLDER / program.file)]
+    for option, path in program.options.items():
+        value = descend(tree, path)[0]
+        if value is not None:
+            command += [f"--{option}", *map(str, value if isinstance(value, list | tuple) else [value])]
+    return command
+
+
+def _open(node: DictConfig) -> tuple[Dataset, bool]:
+    """(the data of the config, or random data where it is missing; whether it is random)."""
+    try:
+        return open_data(node), False
+    except DataError as error:
+        try:
+            data = random_data(node)
+        except ConfigError:
+            raise error from None
+        app.say(f"random data of the same shapes is timed, since {error}")
+        return data, True
+
+
+def _times(seconds: list[float]) -> dict[str, Any]:
+    """The median time of a step and the quartiles around it, in milliseconds."""
+    low, middle, high = np.percentile(seconds, [25, 50, 75]) * 1e3
+    return {"ms_per_step": middle, "ms_per_step_quartiles": [low, high]}
+
+
+def _share(blocks: list[Block]) -> float:
+    """Waiting as a share of all the time."""
+    whole, waited = np.sum([step for block in blocks for step in block], axis=0)
+    return waited / whole
+
+
+def _rounds(peer: Peer, timer: Timer, config: DictConfig) -> tuple[list[float], list[Block], dict[str, Any]]:
+    """(what others used of the processor, our blocks, the peer's numbers and the ratios: of each round's medians, and the median of those)."""
+    if (theirs := peer.facts["parameters"]) != timer.parameters:
+        raise ConfigError(f"peer={peer.name}: its network has {theirs:,} parameters, ours {timer.parameters:,}: their times cannot be compared")
+    timer.warm_up(config.warmup)
+    rounds = [(settle(), timer.block(config.steps), settle(), peer.block()) for _ in range(config.rounds)]
+    ratios = [float(np.median([step for step, _ in ours]) / np.median(theirs)) for _, ours, _, theirs in rounds]
+    facts = {"name": peer.name, **peer.facts, **_times([step for *_, theirs in rounds for step in theirs])}
+    shares = [share for first, _, second, _ in rounds for share in (first, second)]
+    return shares, [ours for _, ours, *_ in rounds], {"peer": facts, "ratio": float(np.median(ratios)), "ratios": ratios}
+
+
+def _show(result: Mapping[str, Any]) -> None:
+    """The numbers as a table on standard output."""
+    peer = result["peer"]
+    low, high = result["ms_per_step_quartiles"]
+    rows = {
+        "parameters": f"{result['parameters']:,}",
+        "ms per step": f"{result['ms_per_step']:.2f}  ({low:.2f} to {high:.2f})",
+        "steps/s": f"{result['steps_per_s']:.2f}",
+        f"{result['items']}/s": f"{result['items_per_s']:,.0f}",
+        "compile": f"{result['compile_s']:.1f} s",
+        "data wait": f"{result['data_wait']:.1%}",
+        "peak memory": f"{(result['peak_bytes'] or 0) / 2**20:,.0f} MiB",
+    }
+    titles = [f"{result['experiment']}, batch {result['batch']}", "ours", *([f"{peer['name']} {peer['version']}, {peer['variant']}"] if peer else [])]
+    table = Table(*titles, box=None, header_style="bold", pad_edge=False)
+    for name, value in rows.items():
+        table.add_row(name, value, *([_theirs(name, peer)] if peer else []))
+    Console().print(f"{result['device']}, {result['data']} data", table, sep="\n")
+    if peer:
+        app.say(f"ours / {peer['name']}: {result['ratio']:.2f}  (rounds: {', '.join(f'{ratio:.2f}' for ratio in result['ratios'])})")
+    if result["busy"] > BUSY:
+        app.say(f"other programs used {result['busy']:.0%} of the processor: measure again on a quiet machine")
+
+
+def _theirs(row: str, peer: Mapping[str, Any]) -> str:
+    low, high = peer["ms_per_step_quartiles"]
+    return {"parameters": f"{peer['parameters']:,}", "ms per step": f"{peer['ms_per_step']:.2f}  ({low:.2f} to {high:.2f})"}.get(row, "")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

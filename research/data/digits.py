@@ -1,0 +1,24 @@
+"""1,797 real handwritten digits of 8x8 pixels that come with scikit-learn."""
+
+import numpy as np
+
+from research.data.classification import labelled_images
+from research.data.dataset import Dataset
+from research.data.preprocess import Preprocessor
+from research.data.split import Share, draw
+
+
+def digits(seed: int = 0, validation: Share = 0.1, test: Share = 0.2, fitted: Preprocessor | None = None) -> Dataset:
+    """The digits as images of bytes, split at random.
+
+    Args:    seed: of the split.  validation, test: rows, or a share of all rows.
+             fitted: what a run has fitted; null: fit here.
+    Raises:  ConfigError: parts that leave nothing to train on.
+    Source:  Alpaydin and Kaynak 1998, the test half of the UCI optical digits; pixels 0 to 16 become 0 to 255.
+    """
+    from sklearn.datasets import load_digits
+
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
+    images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)  # n yx -> n y x c
+    rows = draw(len(labels), seed, validation=validation, test=test)
+    return labelled_images({name: (images[r], labels[r]) for name, r in rows.items()}, [str(i) for i in range(10)], rows, fitted)

@@ -1,0 +1,1 @@
+"""What a trained model does: scores of a split, predictions, text."""

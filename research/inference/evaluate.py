@@ -1,0 +1,57 @@
+"""Scores of a whole split."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from research.core.errors import DataError
+from research.core.types import Batch, Hyper, Objective, Tree
+from research.inference.batches import fetched, padded, valid
+
+TRUTH = ("index", "label", "target")  # fields of the batch that are collected beside the predictions
+
+
+def evaluate(
+    objective: Objective, params: Tree, extra: Tree, frozen: Tree, hyper: Hyper, batches: Iterable[Batch], *, collect: bool = False
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(metrics, outputs) of all examples: the sums of all batches in float64, divided once, so exact however the split was cut.
+
+    One compiled program: a short last batch is filled up with masked rows.
+
+    Args:    batches: one pass over the split.  collect: also keep what the model predicts for every example (not for language models: large).
+    Returns: {name: sum / weight, None at weight 0; and the objective's derived metrics}; {name: array of all valid examples in order}: what
+             `predict` gives, `index`, and `label` or `target`; empty unless `collect`.
+    Raises:  DataError: no batches.
+    """
+    model = jax.device_put((params, extra, frozen, hyper))  # once, not with every batch
+    results = ((batch, *_measure(objective, collect, *model, batch)) for batch in padded(batches))
+    sums: dict[str, Any] = {}
+    collected: list[dict[str, np.ndarray]] = []
+    for batch, metrics, outputs in fetched(results):
+        pairs = jax.tree.map(lambda x: x.astype(np.float64), metrics)
+        sums = jax.tree.map(np.add, sums, pairs) if sums else pairs
+        if collect:
+            truth = {name: batch[name] for name in TRUTH if name in batch}
+            collected.append({name: x[valid(batch)] for name, x in {**outputs, **truth}.items()})
+    if not sums:
+        raise DataError("there is nothing to evaluate: the split has no batches")
+    means = {name: _mean(total, weight) for name, (total, weight) in sums.items()}
+    outputs = {name: np.concatenate([part[name] for part in collected]) for name in (collected[0] if collected else ())}
+    return {**means, **objective.derived(means)}, outputs
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _measure(objective, collect, params, extra, frozen, hyper, batch):
+    tally, _ = objective(params, extra, frozen, batch, None, hyper, train=False)
+    outputs = objective.predict(params, extra, frozen, batch, None, hyper)[0] if collect else {}  # the compiler merges the two forward passes
+    return tally.metrics, outputs
+
+
+def _mean(total, weight):
+    """sum / weight as a number, or as a list where the metric has axes; None at weight 0."""
+    if np.ndim(total) == 0:
+        return float(total / weight) if weight else None
+    return [_mean(t, w) for t, w in zip(total, np.broadcast_to(weight, np.shape(total)), strict=True)]

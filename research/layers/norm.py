@@ -1,0 +1,123 @@
+"""Normalisation with float32 statistics."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from research.core.axis import psum
+from research.layers.arguments import one_of
+
+NORMS = ("batch", "layer", "rms")
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + epsilon) x scale + bias over the last axis, in float32 and then back in the type of x.
+
+    Args:    epsilon: added to the variance.  bias: whether a bias is learned.
+    Source:  Ba, Kiros and Hinton 2016.
+    """
+
+    epsilon: float = 1e-5
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        full = x.astype(jnp.float32)
+        centred = full - full.mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+        return _affine(self, y, self.bias).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + epsilon) x scale over the last axis, in float32 and then back in the type of x.
+
+    Args:    epsilon: added to the mean square.
+    Source:  Zhang and Sennrich 2019.
+    """
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        full = x.astype(jnp.float32)
+        y = full * jax.lax.rsqrt(jnp.square(full).mean(-1, keepdims=True) + self.epsilon)
+        return _affine(self, y, bias=False).astype(x.dtype)
+
+
+class BatchNorm(nn.Module):
+    """Each channel normalised by its mean and variance over the batch and all positions; masked rows are left out.
+
+    In training the statistics are those of the global batch: sums and counts are added over the device axis in force. The running ones
+    live in the collection `batch_stats` and are used otherwise; a batch without any valid row leaves them unchanged. As in torch, the
+    variance that normalises is divided by n, the running one by n - 1.
+
+    Args:    decay: share of the running statistics that an update keeps.  epsilon: added to the variance.
+    Source:  Ioffe and Szegedy 2015.
+    """
+
+    decay: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b ... c"], *, mask: Bool[Array, "b ..."] | None = None, train: bool) -> Float[Array, "b ... c"]:
+        channels = x.shape[-1:]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        running_variance = self.variable("batch_stats", "variance", jnp.ones, channels, jnp.float32)
+        full = x.astype(jnp.float32)
+        mean, variance = running_mean.value, running_variance.value
+        if train:
+            mean, variance, count = _moments(full, mask)
+            keep = jnp.where(count > 0, self.decay, 1.0)
+            unbiased = variance * count / jnp.maximum(count - 1.0, 1.0)
+            running_mean.value = keep * running_mean.value + (1.0 - keep) * mean
+            running_variance.value = keep * running_variance.value + (1.0 - keep) * unbiased
+        y = (full - _wide(mean, x.ndim)) * _wide(jax.lax.rsqrt(variance + self.epsilon), x.ndim)
+        return _affine(self, y, bias=True).astype(x.dtype)
+
+
+def check_norm(name: str | None) -> None:
+    """Refuses a name that `normalize` does not know.
+
+    Raises:  ValueError: an unknown name; the message names the nearest right one.
+    """
+    if name is not None:
+        one_of(name, NORMS, "norm")
+
+
+def normalize(
+    kind: str | None, name: str, x: Float[Array, "b ... c"], *, mask: Bool[Array, "b"] | None = None, train: bool = False, bias: bool = True
+) -> Float[Array, "b ... c"]:
+    """x under the norm of this kind, a child of the module that calls; x itself where there is none.
+
+    Args:    kind: None, "batch", "layer" or "rms".  name: the child's name.  mask, train: as `BatchNorm` takes them.  bias: of `LayerNorm`.
+    Raises:  ValueError: an unknown kind.
+    """
+    check_norm(kind)
+    if kind is None:
+        return x
+    if kind == "batch":
+        return BatchNorm(name=name)(x, mask=mask, train=train)
+    return RMSNorm(name=name)(x) if kind == "rms" else LayerNorm(bias=bias, name=name)(x)
+
+
+def _moments(x, mask):
+    """(mean, variance, number of valid entries) of each channel over the global batch."""
+    keep = jnp.ones(x.shape[:1], bool) if mask is None else mask
+    weight = jnp.broadcast_to(keep.reshape(*keep.shape, *(1,) * (x.ndim - keep.ndim)), (*x.shape[:-1], 1)).astype(jnp.float32)
+    axes = tuple(range(x.ndim - 1))
+    total, count = psum(((x * weight).sum(axes), weight.sum()))
+    count_or_one = jnp.maximum(count, 1.0)
+    mean = total / count_or_one
+    variance = psum((jnp.square(x - _wide(mean, x.ndim)) * weight).sum(axes)) / count_or_one
+    return mean, variance, count
+
+
+def _affine(module, x, bias):
+    """x times a learned scale, plus a learned bias: parameters of the module that calls."""
+    y = x * _wide(module.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32), x.ndim)
+    return y + _wide(module.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32), x.ndim) if bias else y
+
+
+def _wide(vector, rank):
+    return vector.reshape((1,) * (rank - 1) + vector.shape)

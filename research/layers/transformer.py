@@ -1,0 +1,61 @@
+"""The block that Transformers are stacks of."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+from jaxtyping import Array, Float, Int
+
+from research.core.types import Hyper
+from research.layers.attention import Attention
+from research.layers.dropout import Dropout
+from research.layers.mlp import FeedForward
+from research.layers.norm import normalize
+from research.layers.tap import tap
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on what is added.
+
+    Args:    heads, kv_heads, head_width, rotary: as `Attention` takes them.  hidden, activation: as `FeedForward` takes them.
+             norm: "layer" or "rms".  bias: whether projections and norms have one.  dropout: rate; None: read from hyper.
+             scale: standard deviation of the initial kernels.  out_scale: that of the two projections whose outputs are added.
+             dtype: compute type.
+    Source:  Radford et al. 2019 (norm before, not after).
+    """
+
+    heads: int
+    kv_heads: int
+    head_width: int
+    hidden: int
+    rotary: bool = False
+    activation: str = "gelu_tanh"
+    norm: str = "layer"
+    bias: bool = True
+    dropout: float | None = 0.0
+    scale: float = 0.02
+    out_scale: float = 0.02
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"], *, index: Int[Array, "b"] | None, hyper: Hyper, train: bool
+    ) -> tuple[Float[Array, "b t d"], dict[str, Any]]:
+        """(the residual stream after this block, taps: those of attention and mlp, middle, output)."""
+        taps: dict[str, Any] = {}
+        shared = {"bias": self.bias, "scale": self.scale, "out_scale": self.out_scale, "dtype": self.dtype}
+        attention = Attention(self.heads, self.kv_heads, self.head_width, self.rotary, **shared, name="attention")
+        feed_forward = FeedForward(self.hidden, self.activation, **shared, name="mlp")
+        drop = functools.partial(_drop, rate=self.dropout, index=index, hyper=hyper, train=train)
+
+        added, inner = attention(normalize(self.norm, "attention_norm", x, bias=self.bias), positions)
+        taps |= inner
+        x = tap(self, taps, "middle", x + drop("attention_dropout", added))
+        added, inner = feed_forward(normalize(self.norm, "mlp_norm", x, bias=self.bias))
+        taps |= inner
+        x = tap(self, taps, "output", x + drop("mlp_dropout", added))
+        return x, taps
+
+
+def _drop(name, x, rate, **how):
+    return Dropout(rate, name=name)(x, **how)

@@ -1,0 +1,1 @@
+"""Losses per element, without reduction."""

@@ -1,0 +1,1 @@
+"""Metrics: (sum, weight) on the device, and host metrics on stored predictions."""

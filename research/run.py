@@ -1,0 +1,183 @@
+"""A run folder as an object: the Python API that notebooks and verbs share."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+from omegaconf import DictConfig
+
+from research.core.errors import ConfigError, nearest
+from research.core.types import Batch, Hyper, Objective, State, Tree
+from research.data.preprocess import Preprocessor
+from research.data.tokenizers import Tokenizer
+from research.inference.decode import generate, start_token
+from research.inference.predict import predict
+from research.inference.sample import Sampling
+from research.training import log, run
+from research.training.assembly import Assembly, assemble
+from research.training.checkpoint import Checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What a pure function of the model needs: predict(params, extra, frozen, batch, key, hyper)."""
+
+    params: Tree
+    extra: Tree
+    frozen: Tree
+    hyper: Hyper
+
+
+class Run:
+    """A finished or running run, opened for reading; nothing but its folder is needed.
+
+    Args:    path: the run folder.
+    Raises:  ConfigError: the folder holds no run; the message names the nearest one that does.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = epath.Path(path)
+        saved = run.saved_config(self.path)
+        if saved is None:
+            raise ConfigError(f"run={os.fspath(self.path)!r} is no run folder: it holds no {run.CONFIG}{_nearest_run(self.path)}")
+        self.config: DictConfig = saved
+        self._held: tuple[str | int, Weights] | None = None
+
+    def __repr__(self) -> str:
+        return f"Run({os.fspath(self.path)!r})"
+
+    @functools.cached_property
+    def preprocessor(self) -> Preprocessor:
+        """From raw inputs to a batch, as in training."""
+        return Preprocessor.load(self.path / "data")
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The shapes and sizes of the data."""
+        return dict(self.preprocessor.spec)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Text to numbers and back; None where the run does not read text."""
+        return self.preprocessor.tokenizer
+
+    @functools.cached_property
+    def assembly(self) -> Assembly:
+        """The step and what is around it, built from the run's config."""
+        return assemble(self.config, training=False)
+
+    @property
+    def objective(self) -> Objective:
+        """The model and its loss."""
+        return self.assembly.step.objective
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """result.json; {} while the run goes on."""
+        return run.read_result(self.path)
+
+    @property
+    def figures(self) -> dict[str, epath.Path]:
+        """The run's pictures by name."""
+        folder = self.path / "figures"
+        return {path.stem: path for path in sorted(folder.glob("*.png"))} if folder.exists() else {}
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl, oldest first."""
+        return log.read(self.path)
+
+    def state(self, checkpoint: str | int = "best") -> State:
+        """The state of a checkpoint, verified before it is read.
+
+        Args:    checkpoint: "best", "latest" or a step.
+        Raises:  CheckpointError: there is none, or it is damaged or another model's.
+        """
+        with Checkpoints(self.path, read_only=True) as checkpoints:
+            state, _ = checkpoints.restore(checkpoint, self.assembly.abstract())
+        return state
+
+    def weights(self, checkpoint: str | int = "best", which: str = "auto") -> Weights:
+        """The weights that evaluate and predict use.
+
+        Args:    checkpoint: "best", "latest" or a step.  which: "auto": the running average where the run has one; "raw"; "ema".
+        Raises:  ConfigError: "ema" where the run has none.
+        """
+        return select(self.assembly, self.state(checkpoint), which)
+
+    def predict(self, batch: Batch, checkpoint: str | int = "best") -> dict[str, np.ndarray]:
+        """The model's outputs for a batch that is ready for it: {"logits": ...} or {"value": ...}.
+
+        Args:    batch: fields as `preprocessor` or a loader gives them.
+        """
+        weights = self._weights(checkpoint)
+        return predict(self.objective, weights.params, weights.extra, weights.frozen, weights.hyper, [dict(batch)])
+
+    def generate(self, prompt: str = "", checkpoint: str | int = "best", **options: Any) -> str:
+        """The prompt and what the language model makes of it.
+
+        Args:    options: tokens, temperature, top_k, top_p, seed, as of `research.predict`.
+        Raises:  ConfigError: the run is no language model, or an option is out of range.
+        """
+        return prompt + "".join(self.stream(prompt, checkpoint, **options))
+
+    def stream(
+        self,
+        prompt: str = "",
+        checkpoint: str | int = "best",
+        *,
+        tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """The continuation of a prompt, piece by piece as it is made; an empty prompt begins after a line break."""
+        sampling = Sampling(temperature, top_k, top_p)
+        return text(self.objective, self._weights(checkpoint), self.preprocessor, prompt, tokens=tokens, sampling=sampling, seed=seed)
+
+    def _weights(self, checkpoint: str | int) -> Weights:
+        """The weights of the checkpoint that was asked for last, so that a notebook does not read it again for each call."""
+        if self._held is None or self._held[0] != checkpoint:
+            self._held = (checkpoint, self.weights(checkpoint))
+        return self._held[1]
+
+
+def select(assembly: Assembly, state: State, which: str = "auto") -> Weights:
+    """The weights of a state that evaluate and predict use.
+
+    Args:    which: "auto": the running average where there is one; "raw"; "ema".
+    Raises:  ConfigError: "ema" where there is none, or another word.
+    """
+    if which not in ("auto", "raw", "ema"):
+        raise ConfigError(f"weights={which!r}: choose from: auto, raw, ema")
+    average = assembly.step.optimizer.average(state.opt)
+    if which == "ema" and average is None:
+        raise ConfigError("weights=ema: this run kept no running average (train.ema is null); use weights=raw")
+    params = state.params if average is None or which == "raw" or int(state.step) == 0 else average
+    return Weights(params, {name: value for name, value in state.extra.items() if name != "skipped"}, None, state.hyper)
+
+
+def text(
+    objective: Objective, weights: Weights, preprocessor: Preprocessor, prompt: str, *, tokens: int, sampling: Sampling, seed: int
+) -> Iterator[str]:
+    """What a language model makes of a prompt, piece by piece.
+
+    Raises:  ConfigError: the model is no language model, or an option is out of range.  DataError: a character outside the vocabulary.
+    """
+    tokenizer = preprocessor.tokenizer
+    if tokenizer is None:
+        raise ConfigError("prompt: this run is no language model; give input=PATH instead")
+    ids = tokenizer.encode(prompt).tolist()
+    start = start_token(tokenizer.pieces)
+    model = (weights.params, weights.extra, weights.frozen, weights.hyper)
+    made = generate(objective, *model, [ids], preprocessor.spec, tokens=tokens, sampling=sampling, seed=seed, start=start)
+    return tokenizer.stream(int(token[0]) for token in made)
+
+
+def _nearest_run(path: epath.Path) -> str:
+    siblings = [p.name for p in path.parent.iterdir() if (p / run.CONFIG).exists()] if path.parent.exists() else []
+    return nearest(path.name, siblings) if siblings else ""

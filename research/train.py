@@ -1,0 +1,406 @@
+"""Trains a model: `python -m research.train experiment=quickstart`."""
+
+import contextlib
+import dataclasses
+import os
+import secrets
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from rich.console import Console
+from rich.table import Table
+
+from research.core import app
+from research.core.errors import CheckpointError, ConfigError, DivergedError, Interrupted, ResearchError, nearest
+from research.core.folder import write_json, write_text
+from research.core.spec import check_spec
+from research.core.tree import count, paths, sha256
+from research.core.types import State
+from research.data.dataset import Dataset, open_data
+from research.data.loader import Loader
+from research.data.on_device import place
+from research.data.preprocess import Preprocessor
+from research.figures.curves import curves
+from research.figures.images import sheet
+from research.inference.evaluate import evaluate
+from research.inference.sample import Sampling
+from research.run import Run, Weights, select, text
+from research.training import log, run
+from research.training.assembly import Assembly, assemble, settings
+from research.training.checkpoint import Checkpoints
+from research.training.clock import Clock
+from research.training.interrupt import Interrupt
+from research.training.loop import Diverged, Loop, Outcome, new_host
+from research.training.schedule import same_history
+
+RESUME = ("auto", "never", "fork")
+EVALUATION_BATCH = 256  # examples, where the training batch is smaller
+
+
+def train(config: DictConfig) -> dict[str, Any]:
+    """What result.json says once the run has ended; the run folder holds the rest.
+
+    Args:    config: as `research.compose([...])` gives it.
+    Raises:  ResearchError: of the kind that the exit code tells; result.json is written all the same.
+    """
+    _check(config)
+    path, parent = _folder(config)
+    with Interrupt().listening(patient=False) as interrupt, run.claimed(path):
+        before = _before(config, path)
+        if before is not None and _is_done(path, config.train.steps):
+            return _nothing_to_do(path)
+        training = None
+        try:
+            training = Training(config, path, before, parent, interrupt)
+            if before is not None and _is_done(path, training.assembly.step.steps):
+                return _nothing_to_do(path)
+            return training.run()
+        except BaseException as error:
+            if before is None or (training is not None and training.began):  # a refused command leaves the run of before as it is
+                _fail(config, path, error)
+            if (told := _told(error, path)) is not error:
+                raise told from error
+            raise
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code of the command line."""
+    return app.main(train, "train", argv)
+
+
+def _check(config: DictConfig) -> None:
+    """Refuses bad values before a folder is made and data is read: those of the verb itself and of the `train` group.
+
+    Raises:  ConfigError: naming the value.
+    """
+    settings(config)
+    for name, choices in (("resume", RESUME), ("logger.progress", log.MODES)):
+        value = OmegaConf.select(config, name)
+        if value not in choices:
+            raise ConfigError(f"{name}={value!r} is unknown{nearest(value, choices)}")
+    if config.expect is not None:
+        band = config.expect.get("band") if isinstance(config.expect, DictConfig) else None
+        numbers = [x for x in band if x is None or (isinstance(x, int | float) and not isinstance(x, bool))] if isinstance(band, ListConfig) else []
+        if len(numbers) != 2 or "metric" not in config.expect:
+            raise ConfigError(f"expect={config.expect}: must be null or {{metric: NAME, band: [LOW, HIGH]}}, either bound null where there is none")
+    for name in ("check", "logger.tensorboard", "logger.figures", "logger.sample"):
+        if not isinstance(value := OmegaConf.select(config, name), bool):
+            raise ConfigError(f"{name}={value!r}: must be true or false")
+    for name in ("seed", "logger.histograms"):
+        if type(value := OmegaConf.select(config, name)) is not int or value < 0:
+            raise ConfigError(f"{name}={value!r}: must be a whole number of at least 0")
+
+
+def _folder(config: DictConfig) -> tuple[epath.Path, Run | None]:
+    """Where the run is to be, and the run that it is forked from."""
+    if config.resume != "fork":
+        return epath.Path(config.run_dir or run.new_path(config.paths.runs, config.name)), None
+    if not config.run_dir:
+        raise ConfigError("resume=fork needs run_dir=PATH, the run to start from")
+    path = epath.Path(config.run_dir)
+    return path.parent / f"{path.name}-fork-{secrets.token_hex(3)}", Run(path)
+
+
+def _nothing_to_do(path: epath.Path) -> dict[str, Any]:
+    result = run.read_result(path)
+    early = (
+        f"stopped early at step {result['step']} ({result['reason']}); resume=fork goes on" if result["status"] == "stopped_early" else "is finished"
+    )
+    app.say(f"{os.fspath(path)} {early}: nothing to do")
+    return result
+
+
+def _before(config: DictConfig, path: epath.Path) -> DictConfig | None:
+    """The config of the run that this folder holds, found to be the one that is wanted; None in a new folder."""
+    before = run.saved_config(path)
+    if before is not None and config.resume == "never":
+        raise ConfigError(f"run_dir={os.fspath(path)!r} holds a run already and resume=never: choose another run_dir, or resume=auto to go on")
+    if before is not None:
+        run.compare(before, config, path)
+    return before
+
+
+def _is_done(path: epath.Path, steps: int | None) -> bool:
+    """Whether the run in this folder has ended by itself, at this number of steps or early."""
+    result = run.read_result(path)
+    return result.get("status") == "stopped_early" or (result.get("status") == "finished" and result["step"] == steps)
+
+
+def _told(error: BaseException, path: epath.Path) -> BaseException:
+    """The error as a person should read it."""
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted(f"interrupted outside training; the same command with run_dir={os.fspath(path)} goes on from the last checkpoint")
+    if isinstance(error, OSError):
+        return ResearchError(f"{error.filename or os.fspath(path)}: {error.strerror or error}")
+    return error
+
+
+def _fail(config: DictConfig, path: epath.Path, error: BaseException) -> None:
+    """Leaves in the folder what went wrong: result.json, and the examples of the updates that diverged."""
+    if isinstance(error, Interrupted):
+        return  # told already
+    reason = " ".join(str(error).split()) or type(error).__name__
+    status = "diverged" if isinstance(error, DivergedError) else "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    step = error.step if isinstance(error, Diverged) else None
+    with contextlib.suppress(ResearchError):  # a full or read-only disk must not hide the first error
+        if isinstance(error, Diverged):
+            write_json(path / "diverged.json", {"reason": reason, "indices": error.indices})
+        run.write_result(path, status=status, reason=reason, experiment=config.name, step=step, device=run.device_name(), peak_bytes=run.peak_bytes())
+
+
+class Training:
+    """One command's part of a run, from opened data to result.json.
+
+    Args:    before: the config of the run that the folder holds; None: a new one.  parent: the run that this one is forked from.
+             interrupt: whether the process was asked to stop, listening already.
+    """
+
+    def __init__(self, config: DictConfig, path: epath.Path, before: DictConfig | None, parent: Run | None, interrupt: Interrupt):
+        self.config, self.path, self.parent, self.before, self.interrupt = config, path, parent, before, interrupt
+        self.began = False  # whether the folder has been written to
+        app.say(f"run folder {os.fspath(path)}")
+        fitted = Preprocessor.load(path / "data") if before is not None else parent.preprocessor if parent is not None else None
+        self.dataset: Dataset = open_data(config.data, fitted)  # a fork too: its weights know the parent's tokens
+        if before is not None:
+            check_spec(before.data.spec, self.dataset.spec, f"{os.fspath(path / run.CONFIG)}: data.spec")
+        with open_dict(config):
+            config.data.spec = dict(self.dataset.spec)
+            if "validation" not in self.dataset.splits and config.train.monitor.startswith("validation/"):
+                app.say(f"the data has no validation split: the best step is the one with the lowest train/loss, not {config.train.monitor}")
+                config.train.monitor, config.train.mode = "train/loss", "min"
+        train = place(self.dataset.split("train"))
+        self.loader = Loader(train, config.data.batch, seed=config.seed)
+        self.assembly: Assembly = assemble(config, batches=len(self.loader))
+        _check_batch(self.loader.batch, self.assembly)
+        with open_dict(config):
+            config.train.steps, config.train.epochs = self.assembly.step.steps, None
+        self._drawn = 0
+        if config.check:
+            self.assembly.check(self.loader.batch)
+
+    def run(self) -> dict[str, Any]:
+        """result.json's content."""
+        logger = self.config.logger
+        with Checkpoints(self.path, keep=self.assembly.settings.keep) as checkpoints:
+            clock = Clock()
+            state, host = self._start(checkpoints, clock)
+            start, self._trained_before = int(state.step), clock.seconds["train"] + clock.seconds["wait"]
+            if self.parent is not None:  # before the config, which makes this folder a run that can be resumed
+                checkpoints.save(state, host, best=False)
+                checkpoints.wait()
+            self._write_folder()
+            steps = self.assembly.step.steps
+            app.say(f"{count(state.params):,} parameters, steps {start:,} to {steps:,}, on {run.device_name()}")
+            self.log = log.Log(self.path, start, steps, tensorboard=logger.tensorboard, progress=logger.progress)
+            if start == 0 and "image" in self.dataset.spec:
+                self.log.image(0, "examples", sheet(np.asarray(self.loader[0]["image"][:16])))
+            try:
+                outcome = self._loop(checkpoints, clock).run(state, None, host)
+                return self._finish(outcome, checkpoints, clock, start)
+            finally:
+                self.log.close()
+
+    def _start(self, checkpoints: Checkpoints, clock: Clock) -> tuple[State, dict[str, Any]]:
+        """The state to go on from, and what the host remembers beside it."""
+        if self.parent is not None:
+            return self._forked(clock)
+        if checkpoints.latest() is None:
+            with clock.span("start"):
+                return self.assembly.state(), new_host()
+        state, host = checkpoints.restore("latest", self.assembly.abstract())
+        clock.seconds |= host["seconds"]
+        self._check_steps(int(state.step))
+        app.say(f"resuming at step {int(state.step):,}")
+        return state, host
+
+    def _forked(self, clock: Clock) -> tuple[State, dict[str, Any]]:
+        """The parent's latest state under this run's settings; an optimizer of another kind starts anew."""
+        assert self.parent is not None
+        old = self.parent.state("latest")
+        with clock.span("start"):
+            new = self.assembly.state()
+        for part in ("params", "extra"):
+            _require_same(getattr(old, part), getattr(new, part), self.parent.path)
+        steps = self.assembly.step.steps
+        if steps <= int(old.step):
+            raise ConfigError(f"train.steps={steps}: {os.fspath(self.parent.path)} is at step {int(old.step)} already; give more steps")
+        opt = self.assembly.step.optimizer.init(old.params)
+        if _shapes(opt) == _shapes(old.opt):
+            opt = jax.tree.unflatten(jax.tree.structure(opt), jax.tree.leaves(old.opt))
+        state = dataclasses.replace(old, opt=opt, hyper=new.hyper, key=new.key)  # this config's key: it may be of another kind
+        return jax.tree.map(jnp.copy, state), new_host()  # a running average starts as the very weights, which cannot be donated twice
+
+    def _check_steps(self, at: int) -> None:
+        """Refuses another length of the run where the rates up to here would have been other ones."""
+        old, new = (self.before or self.config).train.steps, self.assembly.step.steps
+        if new < at:
+            raise ConfigError(f"train.steps={new}: this run is at step {at} already; give at least that many, or another run_dir")
+        if new != old and not same_history(self.assembly.step.schedule, at, old, new):
+            kind = type(self.assembly.step.schedule).__name__
+            raise ConfigError(
+                f"train.steps={new}: this run was begun for {old} steps, and its first {at} under schedule {kind} would have been other ones; "
+                f"keep train.steps={old}, use resume=fork, or a schedule whose history does not depend on the end (constant, warmup_stable_decay)"
+            )
+
+    def _write_folder(self) -> None:
+        self.began, parent = True, None
+        if self.parent is not None:
+            parent = {"run": os.fspath(self.parent.path), "result": self.parent.result.get("state_sha256")}
+        if self.before is None:
+            self.dataset.save(self.path / "data")
+        run.write_config(self.path, self.config)
+        run.write_environment(self.path, parent)
+
+    def _loop(self, checkpoints: Checkpoints, clock: Clock) -> Loop:
+        hooks = []
+        if self.config.logger.sample and self.assembly.step.objective.decoder() is not None:
+            hooks.append(self._sample)
+        if self.config.logger.histograms:
+            hooks.append(self._histograms)
+        settings, parallel = self.assembly.settings, self.assembly.parallel
+        return Loop(self.assembly.step, settings, parallel, self.loader, checkpoints, self.log, self._validate, clock, tuple(hooks), self.interrupt)
+
+    def _validate(self, state: State) -> dict[str, float | None]:
+        return self._scores("validation", select(self.assembly, state))
+
+    def _scores(self, split: str, weights: Weights) -> dict[str, float | None]:
+        """The means of a whole split; {} where the data has no such split."""
+        if split not in self.dataset.splits:
+            return {}
+        batch = max(self.loader.batch, EVALUATION_BATCH)
+        batches = Loader(self.dataset.splits[split], min(batch, len(self.dataset.splits[split])), shuffle=False)
+        objective = self.assembly.step.objective
+        metrics, _ = evaluate(objective, weights.params, weights.extra, weights.frozen, weights.hyper, batches)
+        return {f"{split}/{name}": value for name, value in metrics.items()}
+
+    def _sample(self, state: State, step: int) -> None:
+        """A text by the model as it is now, to samples/ and TensorBoard."""
+        self.text = self._text(select(self.assembly, state))
+        write_text(self.path / "samples" / f"{step}.txt", self.text)
+        self.log.text(step, "sample", self.text)
+
+    def _text(self, weights: Weights) -> str:
+        pieces = text(self.assembly.step.objective, weights, self.dataset.preprocessor, "", tokens=200, sampling=Sampling(0.8), seed=0)
+        return "".join(pieces)
+
+    def _histograms(self, state: State, step: int) -> None:
+        """Parameters as distributions, as many times in the run as the logger says."""
+        part = step * self.config.logger.histograms // self.assembly.step.steps
+        if part > self._drawn:
+            self._drawn = part
+            self.log.histograms(step, {f"params/{path}": leaf for path, leaf in paths(jax.device_get(state.params)).items()})
+
+    def _finish(self, outcome: Outcome, checkpoints: Checkpoints, clock: Clock, start: int) -> dict[str, Any]:
+        """Scores with the best weights, figures, result.json, and what to do next."""
+        best, state, at = outcome.host["best"], outcome.state, int(outcome.state.step)
+        ended = outcome.status != "interrupted"
+        if ended and best is not None and best["step"] != at:
+            state, _ = checkpoints.restore("best", self.assembly.abstract())
+        weights = select(self.assembly, state)
+        metrics = {**self._scores("validation", weights), **self._scores("test", weights)} or self._scores("train", weights) if ended else {}
+        if self.config.logger.figures:
+            curves(log.read(self.path), os.fspath(self.path / "figures" / "curves.png"), title=self.config.name)
+        result = run.write_result(
+            self.path,
+            status=outcome.status,
+            reason=outcome.reason,
+            experiment=self.config.name,
+            step=at,
+            params=count(outcome.state.params),
+            metrics=metrics,
+            best=best,
+            expect=_expected(self.config.expect, metrics) if ended else None,
+            device=run.device_name(),
+            peak_bytes=run.peak_bytes(),
+            params_sha256=sha256(outcome.state.params),
+            state_sha256=sha256(outcome.state),
+            **self._speed(clock, at, start),
+        )
+        self.log.hparams(at, {**self.assembly.hyper, "seed": self.config.seed, "batch": self.loader.batch}, metrics)
+        self.log.close()
+        self._summary(result)
+        if outcome.status == "interrupted" and outcome.reason in ("SIGINT", "SIGTERM"):
+            raise Interrupted(
+                f"{outcome.reason}: saved at step {at}; the same command with run_dir={shlex.quote(os.fspath(self.path))} goes on from there"
+            )
+        return result
+
+    def _speed(self, clock: Clock, at: int, start: int) -> dict[str, Any]:
+        """Seconds of the whole run, and rates of this command's part of it, compilation and evaluation left out."""
+        spent = clock.seconds
+        trained = spent["train"] + spent["wait"] - self._trained_before
+        steps_per_s = (at - start) / trained if at > start and trained > 0 else None
+        examples_per_s = steps_per_s and steps_per_s * self.loader.batch
+        tokens_per_s = examples_per_s and self.dataset.spec.get("time") and examples_per_s * self.dataset.spec["time"]
+        wait = spent["wait"] / max(spent["wait"] + spent["train"], 1e-9)
+        times = {"compile_s": spent["compile"], "train_s": spent["train"] + spent["wait"], "data_wait": wait}
+        return {**times, "steps_per_s": steps_per_s, "examples_per_s": examples_per_s, "tokens_per_s": tokens_per_s}
+
+    def _summary(self, result: Mapping[str, Any]) -> None:
+        """What a person wants to know when a run has ended."""
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for name, value in result["metrics"].items():
+            table.add_row(name, "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value))
+        speed = f", {result['steps_per_s']:.1f} steps/s" if result["steps_per_s"] else ""
+        Console().print(table)
+        app.say(f"{result['status']} at step {result['step']:,}: trained {result['train_s']:.1f} s{speed}, compiled {result['compile_s']:.1f} s")
+        if result["expect"]:
+            app.say(f"expected {result['expect']['metric']} in {result['expect']['band']}: {'met' if result['expect']['met'] else 'MISSED'}")
+        if getattr(self, "text", None):
+            app.say(f"\na sample:\n{self.text}\n")
+        folder = shlex.quote(os.fspath(self.path))
+        if self.config.logger.figures:
+            app.say(f"curves: {folder}/figures/curves.png")
+        if result["status"] == "interrupted":
+            app.say(f"to go on: the same command with run_dir={folder}")
+        app.say(f"next: python -m research.evaluate run={folder}")
+        predict = 'prompt="…"' if self.dataset.preprocessor.tokenizer else "input=PATH"
+        app.say(f"      python -m research.predict run={folder} {predict}")
+
+
+def _check_batch(batch: int, assembly: Assembly) -> None:
+    """Refuses a batch that cannot be cut into equal parts for every device and microbatch.
+
+    Raises:  ConfigError: naming the numbers and the nearest batch that can be cut.
+    """
+    accumulate, devices = assembly.settings.accumulate, assembly.parallel.count
+    parts = accumulate * devices
+    if batch % parts:
+        near = max(round(batch / parts), 1) * parts
+        raise ConfigError(f"data.batch={batch} cannot be cut into train.accumulate={accumulate} x {devices} devices; the nearest that can is {near}")
+
+
+def _expected(expect: DictConfig | None, metrics: Mapping[str, float | None]) -> dict[str, Any] | None:
+    """The band that an experiment must reach, and whether it did."""
+    if not expect:
+        return None
+    low, high = expect.band
+    value = metrics.get(expect.metric)
+    met = value is not None and (low is None or value >= low) and (high is None or value <= high)
+    return {"metric": expect.metric, "band": [low, high], "met": met}
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    return {path: f"{tuple(leaf.shape)} {leaf.dtype}" for path, leaf in paths(tree).items()}
+
+
+def _require_same(old: Any, new: Any, path: epath.Path) -> None:
+    """Refuses weights of another model.
+
+    Raises:  CheckpointError: naming the first leaf that differs and both shapes.
+    """
+    there, here = _shapes(old), _shapes(new)
+    different = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    if different:
+        shown = "; ".join(f"{name} is {there.get(name, 'nothing')} there, {here.get(name, 'nothing')} here" for name in different[:3])
+        raise CheckpointError(f"{os.fspath(path)} holds another model: {shown}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

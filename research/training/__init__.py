@@ -1,0 +1,1 @@
+"""Training: the step, the loop around it, its state on disk, and what is logged."""

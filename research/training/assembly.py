@@ -1,0 +1,100 @@
+"""From a resolved config to the step that it describes."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from omegaconf import DictConfig
+
+from research.core.build import build
+from research.core.config import split_values
+from research.core.errors import ConfigError, nearest
+from research.core.spec import abstract_batch, zero_batch
+from research.core.types import State
+from research.training.loop import Settings
+from research.training.optimizer import Optimizer
+from research.training.parallel import Jit, Parallel, create
+from research.training.step import Step
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """What a config says, built.
+
+    Args:    step: the pure step.  hyper: starting values of the numbers that are values of the program.  settings: the `train` group.
+             parallel: where the step runs.  spec: shapes of the data.  seed: of parameters, dropout and batch order.
+    """
+
+    step: Step
+    hyper: dict[str, float]
+    settings: Settings
+    parallel: Parallel
+    spec: Mapping[str, Any]
+    seed: int
+
+    def state(self) -> State:
+        """The state before the first step."""
+        return create(self.step, self._key(), zero_batch(self.spec, 1), self.hyper)
+
+    def abstract(self) -> State:
+        """The shapes and dtypes of the state; nothing is computed."""
+        return jax.eval_shape(self.step.create, self._key(), abstract_batch(self.spec, 1), self.hyper)
+
+    def check(self, batch: int) -> None:
+        """Traces one update on abstract values: an error of shapes or types is found before anything is compiled.
+
+        Raises:  ConfigError: the objective reads what the data does not have, or `train.monitor` names no metric.
+        """
+        example = abstract_batch(self.spec, batch // self.parallel.count)
+        try:
+            _, metrics = jax.eval_shape(dataclasses.replace(self.step, axis=None), self.abstract(), None, example)
+        except KeyError as error:
+            raise ConfigError(_missing(error.args[0], self.spec, type(self.step.objective).__name__)) from error
+        names = {*metrics, *self.step.objective.derived(dict.fromkeys(metrics, 1.0))}
+        known = [f"{split}/{name}" for split in ("train", "validation") for name in names]
+        if self.settings.monitor not in known:
+            raise ConfigError(f"train.monitor={self.settings.monitor!r} is no metric of this run{nearest(self.settings.monitor, known)}")
+
+    def _key(self) -> jax.Array:
+        return jax.random.key(self.seed, impl={"threefry": "threefry2x32", "rbg": "rbg"}[self.settings.key])
+
+
+def settings(config: DictConfig) -> Settings:
+    """The `train` group of a config.
+
+    Raises:  ConfigError: a value of the wrong type or out of range.
+    """
+    return build(config.train, where="train")
+
+
+def assemble(config: DictConfig, *, batches: int | None = None, training: bool = True) -> Assembly:
+    """The step and everything around it; the config must hold the data's spec.
+
+    Args:    batches: of one epoch of the training split; None: the config gives steps.
+             training: False: for reading a run on any machine, whatever devices it was trained on.
+    Raises:  ConfigError: any part of the config that cannot be built, or a schedule that does not fit into the run.
+    """
+    plain, hyper = split_values(config)
+    build(plain["model"], where="model")  # the objective builds its own; this one tells a bad value under the name that the user knows
+    train = settings(config).resolved(batches or 1)
+    parallel = build(plain["parallel"], where="parallel") if training else Jit()
+    prefix = "optimizer."
+    values = tuple(sorted({path.removeprefix(prefix) for path in train.values if path.startswith(prefix)} | {"learning_rate"}))
+    step = Step(
+        objective=build(plain["objective"], where="objective"),
+        optimizer=Optimizer.from_config(plain["optimizer"], values=values, clip=train.clip, ema=train.ema),
+        schedule=build(plain["schedule"], where="schedule"),
+        steps=train.steps or 0,
+        accumulate=train.accumulate,
+        axis=parallel.axis,
+    )
+    step.schedule.check(step.steps)
+    step.optimizer.check(hyper)
+    return Assembly(step, hyper, train, parallel, plain["data"]["spec"], config.seed)
+
+
+def _missing(name: str, spec: Mapping[str, Any], objective: str) -> str:
+    """What to tell where a name is in neither the batch nor the state's values."""
+    fields = ", ".join(name for name in spec["fields"] if name not in ("mask", "index"))
+    return f"{objective} or its model reads {name!r}, which is no field of the data ({fields}) and is not listed in train.values"

@@ -1,0 +1,310 @@
+"""Checkpoints: Orbax writes and reads the arrays; what makes a checkpoint safe to rely on is here.
+
+<run>/checkpoints/<step>/state/          the arrays, by Orbax, as the canonical tree
+                         host.json       what the host remembers: best, patience, counts
+                         best            an empty file, where this was the best so far
+                         manifest.json   written last: sha256 of every other file, shape and dtype of every leaf, state_sha256
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from research.core.errors import CheckpointError, ConfigError, nearest
+from research.core.folder import plain
+from research.core.tree import paths, restack, sha256, unstack
+from research.core.types import State
+from research.training import manifest
+
+HOST, BEST, ARRAYS, PARTIAL = "host.json", "best", "state", ".partial"
+Kinds = dict[str, tuple[str, tuple[int, ...]]]  # canonical path -> dtype, shape
+_FILES = 1 << 18  # bytes of all that a checkpoint holds beside its arrays, in blocks of a disk
+
+_log = logging.getLogger(__name__)
+# Orbax logs pages about each failed write; what failed comes back as our own error, in one line.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
+
+
+class Checkpoints:
+    """The checkpoints of one run folder: one writer at a time, any number of readers.
+
+    A checkpoint is written by one background thread under another name and renamed when it is whole, so kill -9 at any moment loses no more than
+    the steps since the last one. Always kept are the latest, the one before it (should the latest be damaged) and the best.
+
+    Args:    run: the run folder, local or any address that etils.epath knows.  keep: what else is kept: "latest" (nothing), "all", or
+             "every:N" (steps that N divides).  read_only: for readers: leave what an interrupted writer left behind, and refuse to save.
+    Raises:  ConfigError: an unknown `keep`.
+    """
+
+    def __init__(self, run: epath.PathLike, keep: str = "latest", *, read_only: bool = False):
+        path = epath.Path(run)
+        self.folder = (path if path.is_absolute() else path.absolute()) / "checkpoints"
+        self._period = _period(keep)
+        self._read_only = read_only
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+        if not read_only:
+            self._clean()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except CheckpointError as error:
+            if kind is None:
+                raise
+            _log.error("%s", error)  # the error that is under way says more
+
+    def save(self, state: State, host: dict[str, Any], *, best: bool) -> None:
+        """Begins to write a checkpoint; the state is copied before this returns, so its buffers may be donated at once.
+
+        Later steps, left from before a rollback, are removed first. At most one checkpoint is being written: this waits for the one before.
+
+        Args:    state: one copy of it.  host: JSON values, numpy scalars included; NaN becomes null.  best: whether it is the best so far.
+        Raises:  CheckpointError: the checkpoint before could not be written.
+        """
+        if self._read_only:
+            raise ValueError(f"{self.folder} was opened for reading")
+        self.wait()
+        leaves, kinds = _host_copy(state), _kinds(state)
+        self._pending = self._thread.submit(self._write, int(state.step), leaves, kinds, json.dumps(plain(host)), best)
+
+    def wait(self) -> None:
+        """Returns when the checkpoint that is being written is on disk.
+
+        Raises:  CheckpointError: it could not be written; the message names its path.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits, and ends the background thread.
+
+        Raises:  CheckpointError: as `wait`.
+        """
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def steps(self) -> list[int]:
+        """The steps of the whole checkpoints on disk, oldest first."""
+        if not self.folder.exists():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit() and (path / manifest.NAME).exists())
+
+    def latest(self) -> int | None:
+        """The newest step; None where there is none."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The newest step that was saved as the best so far; None where there is none."""
+        return max((step for step in self.steps() if (self._path(step) / BEST).exists()), default=None)
+
+    def restore(self, which: str | int, like: State) -> tuple[State, dict[str, Any]]:
+        """(the state, what the host remembered), verified against the manifest before anything is read.
+
+        Where "latest" or "best" is damaged, the newest undamaged step before or beside it is taken, with a warning that names the bad file.
+
+        Args:    which: "latest", "best" (the latest, where no step was saved as the best), or a step.
+                 like: the state's structure, shapes and dtypes, stacked or not; leaves with a sharding are placed accordingly.
+        Raises:  CheckpointError: there is none; all are damaged; or it is another model's, with the first leaves that differ.
+        """
+        self.wait()
+        damaged = []
+        for step in self._order(which):
+            bad = self._damage(step, _kinds(like))
+            if bad is None:
+                return self._read(step, like)
+            damaged.append(f"{self._path(step)} ({bad})")
+            _log.warning("damaged checkpoint: %s; trying the one before", damaged[-1])
+        if damaged:
+            raise CheckpointError(f"damaged checkpoint: {', '.join(damaged)}; and no other to fall back to")
+        raise CheckpointError(f"{self.folder} holds no checkpoint")
+
+    def _path(self, step: int) -> epath.Path:
+        return self.folder / str(step)
+
+    def _order(self, which: str | int) -> list[int]:
+        """The steps to try, first choice first."""
+        steps = self.steps()[::-1]
+        if which == "latest":
+            return steps
+        if which == "best":
+            return sorted(steps, key=lambda step: not (self._path(step) / BEST).exists())  # stable: newest first within each group
+        if not isinstance(which, int):
+            raise ConfigError(f"checkpoint={which!r}: must be a step, 'latest' or 'best'")
+        if which not in steps:
+            raise CheckpointError(f"checkpoint={which}: {self.folder} has no such step{nearest(str(which), map(str, steps))}")
+        return [which]
+
+    def _damage(self, step: int, expected: Kinds) -> str | None:
+        """The first bad file of a checkpoint; None where all are as they were written.
+
+        Raises:  CheckpointError: it is whole, and another model's.
+        """
+        path = self._path(step)
+        content = manifest.read(path)
+        if content is None:
+            return manifest.NAME
+        _require_same(path, {name: (dtype, tuple(shape)) for name, (dtype, shape) in content["tree"].items()}, expected)
+        return manifest.damage(path, content)
+
+    def _read(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
+        """A verified checkpoint."""
+        path = self._path(step)
+        stored = {name: _stored(leaf) for name, leaf in _abstract(like).items()}
+        try:
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
+                arrays = orbax.restore(path / ARRAYS, args=ocp.args.StandardRestore(_nested(stored)))
+        except Exception as error:  # pages of TensorStore's text
+            raise CheckpointError(f"cannot read checkpoint {path}: {_reason(error)}") from error
+        state = restack({**stored, **flatten_dict(arrays, sep="/")}, like)
+        return jax.tree.map(_placed, state, like), json.loads((path / HOST).read_text())
+
+    def _write(self, step: int, leaves: dict[str, np.ndarray], kinds: Kinds, host: str, best: bool) -> None:
+        """One checkpoint, in the background thread."""
+        path = self._path(step)
+        part = self.folder / f"{step}{PARTIAL}"
+        try:
+            for later in reversed(self.steps()):
+                if later > step:
+                    _remove(self._path(later))
+            _remove(part)
+            part.mkdir(parents=True)
+            _require_space(part, leaves)
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
+                orbax.save(part / ARRAYS, args=ocp.args.StandardSave(_nested(leaves)))
+            (part / HOST).write_text(host)
+            if best:
+                (part / BEST).touch()
+            manifest.write(part, {"step": step, "state_sha256": sha256(leaves), "tree": kinds})
+            _remove(path)
+            part.rename(path)
+            self._prune()
+        except Exception as error:
+            with contextlib.suppress(OSError):  # the disk that refused the checkpoint may refuse this too; the next writer cleans
+                if not (part / manifest.NAME).exists():  # a whole one may be all that is left of this step
+                    _remove(part)
+            raise CheckpointError(f"cannot write checkpoint {path}: {_reason(error)}; earlier checkpoints stay") from error
+
+    def _prune(self) -> None:
+        """Removes what nobody asked to keep."""
+        steps = self.steps()
+        kept = {*steps[-2:], self.best()}
+        for step in steps:
+            if step not in kept and not (self._period and step % self._period == 0):
+                _remove(self._path(step))
+
+    def _clean(self) -> None:
+        """Finishes or removes what a killed writer left behind."""
+        for path in list(self.folder.iterdir()) if self.folder.exists() else ():
+            if path.name.endswith(PARTIAL) and manifest.read(path) is not None:  # killed between the last two lines of a save
+                final = path.parent / path.name.removesuffix(PARTIAL)
+                _remove(final)
+                path.rename(final)
+            elif path.name.endswith(PARTIAL) or (path.name.isdigit() and not (path / manifest.NAME).exists()):
+                _remove(path)
+
+
+def _period(keep: str) -> int:
+    """N: steps that N divides are kept for good; 0: none."""
+    word, _, number = keep.partition(":")
+    if word == "every" and number.isdigit() and int(number) > 0:
+        return int(number)
+    if keep not in ("latest", "all"):
+        raise ConfigError(f"train.keep={keep!r}: must be latest, all, or every:N with N at least 1")
+    return 1 if keep == "all" else 0
+
+
+def _host_copy(state: State) -> dict[str, np.ndarray]:
+    """Canonical path -> a copy in host memory; `np.asarray` would show, on CPU, the very buffer that the next step overwrites."""
+    raw = jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
+    for leaf in jax.tree.leaves(raw):
+        if isinstance(leaf, jax.Array):
+            leaf.copy_to_host_async()
+    return {path: np.asarray(leaf) for path, leaf in paths(unstack(jax.tree.map(np.array, raw))).items()}
+
+
+def _abstract(tree: State) -> dict[str, jax.ShapeDtypeStruct]:
+    """Canonical path -> what lies there."""
+    return paths(unstack(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)))
+
+
+def _kinds(tree: State) -> Kinds:
+    """Canonical path -> (dtype, shape) of arrays or abstract values; a typed key has a dtype of its own, as key<fry>."""
+    return {path: (str(leaf.dtype), tuple(leaf.shape)) for path, leaf in sorted(_abstract(tree).items())}
+
+
+def _stored(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    """What lies on disk for a leaf, as an array that takes no memory; of a key, its data."""
+    data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    return np.broadcast_to(np.zeros((), data.dtype), data.shape)
+
+
+def _nested(leaves: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The tree that Orbax sees; it refuses arrays of size 0, which hold nothing to save."""
+    return unflatten_dict({path: leaf for path, leaf in leaves.items() if leaf.size}, sep="/")
+
+
+def _placed(x: Any, like: Any) -> jax.Array:
+    if _is_key(like):
+        x = jax.random.wrap_key_data(x, impl=jax.random.key_impl(jnp.empty((), like.dtype)))
+    return jax.device_put(x, getattr(like, "sharding", None))
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _require_same(path: epath.Path, saved: Kinds, expected: Kinds) -> None:
+    if saved == expected:
+        return
+    different = [name for name in {**saved, **expected} if saved.get(name) != expected.get(name)]
+    different.sort(key=lambda name: (not name.startswith("params/"), name))  # what a person knows best, first
+
+    def show(kind):
+        return "nothing" if kind is None else f"{kind[1]} {kind[0]}"
+
+    shown = "; ".join(f"{name} is {show(saved.get(name))} there, {show(expected.get(name))} here" for name in different[:3])
+    more = f"; and {len(different) - 3} more" if len(different) > 3 else ""
+    raise CheckpointError(f"checkpoint {path} is of another model or optimizer: {shown}{more}")
+
+
+def _remove(path: epath.Path) -> None:
+    """Removes a folder, its manifest first: what is half removed is no checkpoint."""
+    if path.exists():
+        (path / manifest.NAME).unlink(missing_ok=True)
+        path.rmtree()
+
+
+def _require_space(path: epath.Path, leaves: dict[str, np.ndarray]) -> None:
+    """Refuses what cannot fit; TensorStore finds out half-way, and prints pages."""
+    if not os.path.isdir(path):  # a cloud address
+        return
+    needed, free = sum(leaf.nbytes for leaf in leaves.values()) + _FILES, shutil.disk_usage(path).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {needed:,} bytes are needed and {free:,} are free")
+
+
+def _reason(error: Exception) -> str:
+    """One line: the operating system's words where it had any, TensorStore's pages cut short otherwise."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    code = re.search(r"os_error_code='(\d+)'", text)
+    return os.strerror(int(code[1])) if code else " ".join(text.split())[:200]

@@ -1,0 +1,41 @@
+"""Where a run's seconds go: compiling, waiting for data, evaluating, saving, and training proper."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+
+import jax
+
+_COMPILE = "/jax/core/compile/"  # tracing, lowering and the backend's compilation each report their duration under this prefix
+_compiled = 0.0
+
+
+def _listen(event: str, duration_secs: float, **_: str | int) -> None:
+    global _compiled
+    if event.startswith(_COMPILE):
+        _compiled += duration_secs
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+class Clock:
+    """Seconds by name; spans do not nest, and compilation inside one is booked as `compile`.
+
+    Args:    spent: seconds of the run's earlier parts, to go on from.
+    """
+
+    def __init__(self, spent: Mapping[str, float] = {}):
+        self.seconds = {"compile": 0.0, "start": 0.0, "train": 0.0, "wait": 0.0, "evaluate": 0.0, "save": 0.0, **spent}
+
+    @contextlib.contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Books the time inside under this name."""
+        began, compiled = time.perf_counter(), _compiled
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - began
+            compiling = min(_compiled - compiled, elapsed)  # tracing of nested programs is reported twice
+            self.seconds["compile"] += compiling
+            self.seconds[name] += elapsed - compiling

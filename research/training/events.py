@@ -1,0 +1,43 @@
+"""TensorBoard's event files: tensorboardX makes the summaries, this writes them.
+
+tensorboardX's own writer hands them to a thread; when a full disk ends that thread, the training process waits for it for ever.
+"""
+
+import io
+import os
+import socket
+import struct
+import time
+from typing import Any
+
+from etils import epath
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
+
+
+class Events:
+    """One event file, written at once: an error comes where it is made, and a crash loses nothing.
+
+    Args:    folder: where the file is made.  start: the step that the run goes on from; TensorBoard then drops what an older file says of later ones.
+    """
+
+    def __init__(self, folder: epath.Path, start: int = 0):
+        path = folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{start}"
+        self._file = io.FileIO(os.fspath(path), "a")
+        self._write(file_version="brain.Event:2")
+        if start:
+            self._write(step=start + 1, session_log={"status": "START"})
+
+    def add(self, summary: Any, step: int) -> None:
+        """Appends a summary of `tensorboardX.summary`."""
+        self._write(step=step, summary=summary)
+
+    def close(self) -> None:
+        """Closes the file; safe to call twice."""
+        self._file.close()
+
+    def _write(self, **fields: Any) -> None:
+        data = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()  # type: ignore[attr-defined]
+        length = struct.pack("<Q", len(data))
+        record = (length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data)))
+        self._file.write(b"".join(record))

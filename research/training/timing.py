@@ -1,0 +1,82 @@
+"""Seconds of training steps."""
+
+import contextlib
+import math
+import time
+from typing import TypeAlias
+
+import jax
+
+from research.core.tree import count
+from research.training.assembly import Assembly
+from research.training.clock import Clock
+from research.training.loop import Batches
+
+Block: TypeAlias = list[tuple[float, float]]  # of each step: its seconds, and those of them spent waiting for its batch
+
+
+class Timer:
+    """A run's training step with its state and its batches, to be timed block by block.
+
+    Args:    assembly: the step and what is around it.  batches: the loader of the training split.  steps: that will be asked for in all.
+    """
+
+    def __init__(self, assembly: Assembly, batches: Batches, steps: int):
+        self._clock, self._every = Clock(), assembly.settings.log_every
+        with self._clock.span("start"):
+            state = assembly.state()
+            self.parameters = count(state.params)
+            self._state, self._train = assembly.parallel.place(state), assembly.parallel.train(assembly.step)
+        self._batches = batches.iterate(0, steps, assembly.parallel.put)
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds that compiling the first state and the step has taken."""
+        return self._clock.seconds["compile"]
+
+    def warm_up(self, steps: int) -> None:
+        """Compiles, and lets caches and threads settle."""
+        with self._clock.span("train"):
+            self.block(steps)
+
+    def block(self, steps: int) -> Block:
+        """The times of so many steps, each begun when all results of the one before are there."""
+        return [self._timed() for _ in range(steps)]
+
+    def rate(self, steps: int) -> float:
+        """Steps per second where results are looked at as rarely as in training, every `train.log_every` steps."""
+        start = time.perf_counter()
+        for step in range(1, steps + 1):
+            self._state, metrics = self._train(self._state, None, next(self._batches))
+            if step % self._every == 0:
+                jax.block_until_ready(metrics)
+        jax.block_until_ready(self._state)
+        return steps / (time.perf_counter() - start)
+
+    def _timed(self) -> tuple[float, float]:
+        start = time.perf_counter()
+        batch = next(self._batches)
+        fetched = time.perf_counter()
+        self._state, metrics = self._train(self._state, None, batch)
+        jax.block_until_ready((self._state, metrics))
+        return time.perf_counter() - start, fetched - start
+
+
+def settle(seconds: float = 0.4) -> float:
+    """The share of the processor that other programs use while this one sleeps; NaN where the system does not say (Linux does).
+
+    Args:    seconds: to sleep; the first half is not looked at, since thread pools spin for a while after their last task.
+    """
+    time.sleep(seconds / 2)
+    whole, idle = _ticks()
+    time.sleep(seconds / 2)
+    later, idler = _ticks()
+    return 1 - (idler - idle) / max(later - whole, 1)
+
+
+def _ticks() -> tuple[float, float]:
+    """(all ticks of all cores since the machine started, those of them without work)."""
+    with contextlib.suppress(OSError), open("/proc/stat") as file:
+        ticks = [int(word) for word in file.readline().split()[1:9]]
+        return sum(ticks), ticks[3] + ticks[4]
+    return math.nan, math.nan

@@ -1,0 +1,73 @@
+"""Strict numerics and checked shapes for every test, and one compilation cache for the whole run."""
+
+import contextlib
+import hashlib
+import importlib
+import io
+import os
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jaxtyping.install_import_hook(["research.layers", "research.losses", "research.metrics", "research.models"], "beartype.beartype")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """One folder for this process and, through the environment, for those that tests start."""
+    settings = {"compilation_cache_dir": str(tmp_path_factory.mktemp("compilation")), "persistent_cache_min_compile_time_secs": 0.0}
+    for name, value in settings.items():
+        jax.config.update(f"jax_{name}", value)
+        os.environ[f"JAX_{name.upper()}"] = str(value)
+
+
+class Told(NamedTuple):
+    """What a command leaves with its caller."""
+
+    code: int
+    out: str
+    err: list[str]  # lines
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., Told]:
+    """command("train", "seed=1"): a verb in this process, as from the command line."""
+
+    def call(verb: str, *argv: str) -> Told:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = importlib.import_module(f"research.{verb}").main(list(argv))
+        return Told(code, out.getvalue(), err.getvalue().splitlines())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def snapshot() -> Callable[[pathlib.Path], dict[str, str]]:
+    """snapshot(folder): the sha256 of every file in it, but for the lock."""
+
+    def take(folder: pathlib.Path) -> dict[str, str]:
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
+        return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    return take
+
+
+def pytest_addoption(parser: pytest.Parser):
+    """The one option of this suite's own."""
+    parser.addoption("--golden-write", action="store_true", help="write the loss curves of tests/golden anew")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """In CI a skipped test is a failure: a proof that did not run proves nothing."""
+    report = yield
+    if report.skipped and os.environ.get("CI"):
+        report.outcome, report.longrepr = "failed", f"{item.nodeid} was skipped in CI: {report.longrepr}"
+    return report

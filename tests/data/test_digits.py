@@ -1,0 +1,21 @@
+import numpy as np
+
+from research.data.digits import digits
+
+
+def test_the_digits_are_split_into_fifths_and_tenths_by_the_seed():
+    data, other = digits(), digits(seed=1)
+    assert data.spec["examples"] == {"train": 1257, "validation": 180, "test": 360}
+    assert data.spec["image"] == [8, 8, 1]
+    assert data.preprocessor.classes == tuple("0123456789")
+    rows = np.concatenate(list(data.indices.values()))
+    assert sorted(rows.tolist()) == list(range(1797))
+    assert (data.indices["test"] != other.indices["test"]).any()
+
+
+def test_pixels_span_the_bytes_and_labels_are_balanced():
+    raw = digits().splits["train"].raw
+    assert raw["image"].dtype == np.uint8
+    assert raw["image"].min() == 0
+    assert raw["image"].max() == 255
+    assert np.bincount(raw["label"], minlength=10).min() > 100

@@ -1,0 +1,69 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.core.errors import ConfigError
+from research.core.tree import count
+from research.models.cnn import CNN
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        ((28, 28, 1), {}),
+        ((32, 32, 3), {"norm": "batch", "dropout": None}),
+        ((32, 32, 3), {"channels": [8, 16], "kernel": [5, 3], "pool": 2, "hidden": []}),
+        ((8, 8, 1), {"padding": "SAME"}),
+        ((8, 8, 1), {"channels": [8], "pool": 1, "norm": "layer", "activation": "gelu"}),
+        ((28, 28, 1), {"dtype": "bfloat16", "norm": "batch"}),
+    ],
+)
+def test_shapes_of_every_option(configured, shape, changes):
+    module = configured("cnn", **changes)
+    (logits, taps), variables = jax.eval_shape(module.init_with_output, jax.random.key(0), jnp.zeros((2, *shape)))
+    assert (logits.shape, logits.dtype) == ((2, 10), jnp.float32)
+    assert {"input", "logits"} <= set(taps)
+    assert taps["input"].shape == (2, *shape)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(("shape", "parameters"), [((28, 28, 1), 93_322), ((32, 32, 3), 122_570)])
+def test_parameter_count_is_that_of_the_docstring(shape, parameters):
+    assert count(jax.eval_shape(CNN(10).init, jax.random.key(0), jnp.zeros((1, *shape)))["params"]) == parameters
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "8 x 8 before conv_2|1 x 1 before conv_2|3 x 3 before conv_1"),
+        ({"padding": "SAME", "channels": [4, 4, 4, 4], "pool": 2}, "1 x 1 before conv_3.*pool=2"),
+    ],
+)
+def test_an_image_that_becomes_empty_is_named(configured, image, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        jax.eval_shape(configured("cnn", **changes).init, jax.random.key(0), image)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pool": [2, 2]}, "pool=\\(2, 2\\) has 2 entries, but depth is 3"),
+        ({"padding": "same"}, "'same' is unknown"),
+        ({"channels": [8, 0, 8]}, "channels=.* must be at least 1"),
+        ({"norm": "bach"}, "did you mean 'batch'"),
+    ],
+)
+def test_a_mistake_is_named(configured, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        configured("cnn", **changes)
+
+
+def test_batch_statistics_leave_padding_out(configured, filled, image, run):
+    module = configured("cnn", norm="batch", channels=[4, 4], pool=[2, 1], hidden=[8])
+    variables = filled(module, image)
+    padded = np.concatenate([image, np.zeros((2, 8, 8, 1), np.float32)])
+    mask = np.arange(6) < 4
+    want, _ = run(module, variables, image, mask=mask[:4], train=True, mutable=("batch_stats",))
+    got, _ = run(module, variables, padded, mask=mask, train=True, mutable=("batch_stats",))
+    np.testing.assert_allclose(got[:4], want, atol=1e-4)

@@ -1,0 +1,128 @@
+"""Every YAML of every group is composed, built and traced; every experiment says what it is."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from omegaconf import OmegaConf, open_dict
+
+from research.core import folder
+from research.core.config import compose
+from research.core.spec import abstract_batch, fields
+from research.training.assembly import assemble
+
+CONF, EXPERIMENTS = pathlib.Path(folder.conf()), pathlib.Path(folder.experiments())
+IMAGE = {"fields": fields(image=((28, 28, 1), "float32"), label=((), "int32")), "classes": 10, "outputs": 10, "image": [28, 28, 1]}
+TABLE = {"fields": fields(features=((7,), "float32"), target=((2,), "float32")), "features": 7, "outputs": 2}
+TEXT = {"fields": fields(mask=(16,), tokens=((16,), "int32"), target=((16,), "int32")), "vocabulary": 11, "time": 16, "bytes_per_token": 1.0}
+SPECS = {"classify": IMAGE, "regress": TABLE, "language_model": TEXT}
+MODEL_OPTIONS = {
+    "perceptron": ("model.outputs=3",),
+    "mlp": ("model.width=[8,4]", "model.depth=0", "model.norm=batch", "model.norm=layer", "model.dropout=0.5", "model.activation=silu"),
+    "cnn": (
+        *("model.kernel=[5,3,1]", "model.pool=1", "model.padding=SAME", "model.hidden=[]", "model.hidden=[32,16]", "model.norm=batch"),
+        *("model.norm=layer", "model.dropout=0.5", "model.activation=gelu"),
+    ),
+    "gpt": (
+        *("model.positions=sinusoidal", "model.positions=rotary", "model.activation=swiglu", "model.activation=relu", "model.norm=rms"),
+        *("model.bias=false", "model.tied=false", "model.dropout=0.5", "model.scan=true", "model.remat=true", "model.scan=true model.remat=true"),
+        *("model.kv_heads=2", "model.hidden=[8,16,8,16]", "model.heads=[4,2,4,2] model.head_width=16", "model.head_width=8"),
+    ),
+}
+
+
+def options(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def traced(overrides, spec):
+    """The state after one update of what these overrides describe, as shapes alone."""
+    config = compose([*overrides, "train.steps=300", "data.batch=4"])
+    OmegaConf.set_struct(config, False)
+    config.data.spec = spec
+    assembly = assemble(config)
+    assembly.check(4)
+    return assembly
+
+
+@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_model_takes_a_step(model, precision):
+    objective = "language_model" if model == "gpt" else "classify"
+    assembly = traced([f"model={model}", f"objective={objective}", f"train.precision={precision}"], SPECS[objective])
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(assembly.abstract().params))
+
+
+@pytest.mark.parametrize(("model", "option"), [(model, option) for model, every in MODEL_OPTIONS.items() for option in every])
+def test_every_option_of_a_model_takes_a_step(model, option):
+    objective = "language_model" if model == "gpt" else "classify"
+    spec = {**SPECS[objective], "outputs": 3} if "outputs" in option else SPECS[objective]
+    traced([f"model={model}", f"objective={objective}", *option.split()], spec)
+
+
+def test_no_model_is_without_options():
+    assert set(MODEL_OPTIONS) == set(options("model"))
+
+
+@pytest.mark.parametrize("objective", options("objective"))
+def test_every_objective_takes_a_step(objective):
+    traced([f"objective={objective}", f"model={'gpt' if objective == 'language_model' else 'mlp'}"], SPECS[objective])
+
+
+@pytest.mark.parametrize("optimizer", options("optimizer"))
+def test_every_optimizer_takes_a_step(optimizer):
+    traced([f"optimizer={optimizer}", "model=mlp", "objective=regress"], TABLE)
+
+
+@pytest.mark.parametrize("schedule", options("schedule"))
+def test_every_schedule_takes_a_step(schedule):
+    step = traced([f"schedule={schedule}"], IMAGE).step
+    shape = [float(step.schedule(jnp.int32(i), 300)) for i in (0, 150, 299)]
+    assert all(0.0 <= value <= 1.0 for value in shape)
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_says_what_it_is(path):
+    config = compose([f"experiment={path.stem}"])
+    assert config.name == path.stem
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for word in ("Command:", "Published:", "Measured:"):
+        assert any(word in line for line in header), f"{path.name} does not say {word}"
+    if config.expect is not None:
+        low, high = config.expect.band
+        assert low is not None or high is not None
+        assert low is None or high is None or low < high
+
+
+@pytest.mark.parametrize("name", options("../experiments"))
+def test_every_experiment_takes_a_step_and_expects_what_it_measures(name):
+    config = compose([f"experiment={name}"])
+    spec = spec_of(config)
+    with open_dict(config):
+        config.data.spec = spec
+    assembly = assemble(config, batches=20)
+    assembly.check(4)
+    if config.expect is not None:
+        split, _, metric = config.expect.metric.partition("/")
+        assert split in ("validation", "test")
+        objective, state, batch = assembly.step.objective, assembly.abstract(), abstract_batch(spec, 4)
+        tally, _ = jax.eval_shape(lambda s, b: objective(s.params, s.extra, None, b, None, s.hyper, train=False), state, batch)
+        assert metric in {*tally.metrics, *objective.derived(dict.fromkeys(tally.metrics, 1.0))}
+
+
+def spec_of(config):
+    """The spec that an experiment's data would have, as far as its config tells."""
+    if "image" in config.data.spec:
+        return {**IMAGE, "fields": fields(image=(tuple(config.data.spec.image), "float32"), label=((), "int32"))}
+    if "features" in config.data.spec:
+        n, o = config.data.features, config.data.outputs
+        return {"fields": fields(features=((n,), "float32"), target=((o,), "float32")), "features": n, "outputs": o}
+    time = config.data.time
+    return {**TEXT, "fields": fields(mask=(time,), tokens=((time,), "int32"), target=((time,), "int32")), "time": time}
+
+
+@pytest.mark.parametrize("group", sorted(path.name for path in CONF.iterdir() if path.is_dir()))
+def test_every_option_of_every_group_composes(group):
+    for option in options(group):
+        assert compose([f"{group}={option}"]) is not None

@@ -1,0 +1,121 @@
+import importlib
+import importlib.metadata
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+
+import pytest
+
+import research
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def python(code, **options):
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_the_installed_version_is_the_packages():
+    assert importlib.metadata.version("ontogeny") == research.__version__
+
+
+def test_importing_the_package_and_its_plugins_loads_no_jax():
+    code = "import sys, research, hydra_plugins.ontogeny.experiments; print([m for m in ('jax', 'flax', 'optax') if m in sys.modules])"
+    assert python(code) == ["[]"]
+
+
+def test_composing_loads_no_jax_and_finds_the_configs_from_anywhere(tmp_path):
+    code = "import sys, research; print(research.compose(['seed=3']).seed, 'jax' in sys.modules)"
+    assert python(code, cwd=tmp_path) == ["3", "False"]
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'compoze'"):
+        _ = research.compoze
+
+
+SCRIPTS = sorted(PROJECT["scripts"])
+
+
+def script(name, *arguments, **environment):
+    path = pathlib.Path(sys.executable).with_name(name)
+    return subprocess.run([path, *arguments], capture_output=True, text=True, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_console_script_completes_without_loading_jax(name):
+    done = script(name, "-sc", "query=bash", COMP_LINE=f"{name} debug.", COMP_POINT="99", PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 0, done.stderr
+    assert "debug.nans=" in done.stdout.split()
+    assert not re.search(r"\| +jax$", done.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_console_script_has_its_verb(name):
+    verb = importlib.import_module(name.replace("-", ".", 1))
+    assert verb.main(["--cfg", "job", "--package", "debug"]) == 0
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The names in a wheel that is built here."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--wheel-dir",
+        str(folder),
+        str(ROOT),
+    ]
+    subprocess.run(command, check=True, env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"})
+    (path,) = folder.glob("*.whl")
+    return zipfile.ZipFile(path).namelist()
+
+
+def test_a_wheel_holds_every_config_module_and_plugin_once(wheel):
+    for folder, place in (("conf", "research/conf"), ("experiments", "research/experiments")):
+        for path in (ROOT / folder).rglob("*.yaml"):
+            assert f"{place}/{path.relative_to(ROOT / folder)}" in wheel
+    for path in (ROOT / "research").rglob("*.py"):
+        name = str(path.relative_to(ROOT)).replace("research/sweep/plugins/", "")
+        assert wheel.count(name) == 1
+    assert "hydra_plugins/ontogeny/experiments.py" in wheel
+    assert not [name for name in wheel if "sweep/plugins" in name or name.split("/")[0] in ("conf", "experiments", "tests")]
+
+
+def test_constraints_hold_what_is_installed():
+    """The versions that tests ran with are those that everybody gets."""
+    pinned = dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    assert len(pinned) > 100
+    differing = {}
+    for name, version in pinned.items():
+        try:
+            installed = importlib.metadata.version(name).partition("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            continue  # an extra that is not installed here
+        if installed != version:
+            differing[name] = (version, installed)
+    assert differing == {}
+
+
+def test_every_direct_dependency_is_pinned():
+    pinned = {re.sub(r"[-_.]+", "-", name).lower() for name in re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)}
+    extras = PROJECT["optional-dependencies"]
+    wanted = {
+        re.split(r"[^\w.-]", line)[0].lower().replace("_", "-")
+        for line in (*PROJECT["dependencies"], *extras["dev"], *extras["parity"], *extras["hub"])
+    }
+    assert wanted <= pinned

@@ -1,0 +1,108 @@
+"""The step: exact under accumulation and masks, deaf to numbers, and safe with what is not finite."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.core.errors import ConfigError
+from research.core.tree import sha256
+from research.core.types import Tally
+from research.training import parallel
+from research.training.step import divide, means
+
+
+def far(a, b):
+    return max(float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulation_is_exact_under_uneven_masks_and_dropout(make_step, batches, train, accumulate):
+    whole, whole_metrics = train(make_step(), batches)
+    parts, parts_metrics = train(make_step(accumulate=accumulate), batches)
+    assert far(whole.params, parts.params) < 1e-6
+    assert all(far(a["loss"], b["loss"]) < 1e-4 for a, b in zip(whole_metrics, parts_metrics, strict=True))
+
+
+def test_masked_examples_do_not_matter(make_step, batches, train):
+    other = [{**batch, "features": np.where(batch["mask"][:, None], batch["features"], 1e3).astype(np.float32)} for batch in batches]
+    assert far(train(make_step(), batches)[0].params, train(make_step(), other)[0].params) == 0.0
+
+
+def test_equal_steps_share_one_program_and_other_values_compile_nothing(make_step, batches):
+    def run(step, hyper):
+        state = parallel.create(step, jax.random.key(0), batches[0], hyper)
+        state, _ = parallel.Jit().train(step)(state, None, batches[0])
+        return state
+
+    first, second = make_step(dropout=None), make_step(dropout=None)
+    assert first is not second
+    assert first == second
+    assert hash(first) == hash(second)
+    run(first, {"learning_rate": 1e-2, "dropout": 0.1})
+    before = parallel._jit_train._cache_size()
+    changed = run(second, {"learning_rate": 1e-1, "dropout": 0.5})
+    assert parallel._jit_train._cache_size() == before
+    assert far(changed.params, run(first, {"learning_rate": 1e-2, "dropout": 0.1}).params) > 1e-3
+    assert parallel._jit_train._cache_size() == before
+    run(make_step(dropout=0.25), {"learning_rate": 1e-2})
+    assert parallel._jit_train._cache_size() == before + 1
+
+
+def test_a_non_finite_update_is_skipped_and_counted(make_step, batches, train):
+    poisoned = {**batches[1], "features": batches[1]["features"].copy()}
+    poisoned["features"][np.flatnonzero(poisoned["mask"])[0], 0] = np.nan
+    step = make_step(norm="batch")
+    before, _ = train(step, batches[:1])
+    after, history = train(step, [poisoned], state=before)
+    same = lambda part: sha256(getattr(before, part)) == sha256(getattr(after, part))  # noqa: E731
+    assert same("params")
+    assert same("opt")
+    assert sha256(before.extra["batch_stats"]) == sha256(after.extra["batch_stats"])
+    assert int(after.step) == 2
+    assert {name: int(x) for name, x in after.extra["skipped"].items()} == {"total": 1, "in_a_row": 1}
+    assert float(history[0]["skipped"][0]) == 1.0
+    again, _ = train(step, batches[2:3], state=after)
+    assert {name: int(x) for name, x in again.extra["skipped"].items()} == {"total": 1, "in_a_row": 0}
+    assert not same("params") or sha256(again.params) != sha256(after.params)
+
+
+def test_the_learning_rate_is_peak_times_schedule(make_step, batches, train):
+    state, history = train(make_step(), batches, {"learning_rate": 0.4})
+    rates = [float(metrics["learning_rate"][0]) for metrics in history]
+    expected = [0.4 / 3, 0.8 / 3, *(0.4 * 0.5 * (1 + np.cos(np.pi * (i - 2) / 18)) for i in range(2, 8))]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+    assert float(state.opt.hyperparams["learning_rate"]) == pytest.approx(expected[-1], rel=1e-6)  # a checkpoint tells its step's rate
+
+
+def test_no_leaf_of_a_new_state_is_shared(make_step, batches):
+    state = make_step().create(jax.random.key(0), batches[0], {"learning_rate": 0.1})
+    arrays = [leaf for leaf in jax.tree.leaves(state) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in arrays]
+    assert len(set(pointers)) == len(pointers)
+
+
+def test_a_term_without_weight_counts_nothing():
+    tally = Tally({"a": jnp.float32(6), "b": jnp.float32(5)}, {})
+    weights = {"a": jnp.float32(3), "b": jnp.float32(0)}
+    loss = lambda hyper: float(divide(tally, weights, (("a", 0.5), ("b", 2.0)), hyper))  # noqa: E731
+    assert loss({}) == 1.0
+    assert loss({"a": jnp.float32(2)}) == 4.0
+
+
+def test_means_are_null_at_weight_zero():
+    assert means({"x": (np.float32(3), np.float32(2)), "y": (np.float32(0), np.float32(0))}) == {"x": 1.5, "y": None}
+
+
+def test_accumulation_is_refused_where_a_term_couples_the_batch(make_step):
+    step = make_step()
+
+    class Coupled(type(step.objective)):
+        batch_coupled = True
+
+    coupled = Coupled(step.objective.module)
+    dataclasses.replace(step, objective=coupled)
+    with pytest.raises(ConfigError, match=r"train.accumulate=2: a term of Coupled"):
+        dataclasses.replace(step, objective=coupled, accumulate=2)
