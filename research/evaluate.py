@@ -1,6 +1,5 @@
 """Scores a run on a whole split: `python -m research.evaluate run=PATH`."""
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -14,19 +13,18 @@ from research.core import app
 from research.core.errors import DataError
 from research.core.folder import write_json
 from research.core.spec import check_spec
-from research.core.types import Objective
-from research.data.dataset import Dataset, Source, open_data
-from research.data.loader import Loader
-from research.data.text import Windows
+from research.data.dataset import Dataset, open_data
+from research.data.loader import whole
 from research.figures import classification as draw
 from research.figures.images import image_grid
 from research.figures.regression import predicted_against_true
-from research.inference.evaluate import evaluate as whole_split
+from research.inference.evaluate import evaluate as score
 from research.metrics import host
-from research.run import Run
+from research.run import Run, judging
 
 FILE = "evaluation.json"
 SHAPES = ("image", "features", "columns", "classes", "outputs", "vocabulary")  # what another data set must share with the run's own
+NAMES = ("_target_", "name", "path")  # what tells one data config from another
 
 
 def evaluate(config: DictConfig) -> dict[str, Any]:
@@ -36,16 +34,18 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     Raises:  ResearchError: no run there, no such checkpoint or split, data that is missing or not what the run was trained on.
     """
     run = Run(config.run)
-    dataset = _dataset(config, run)
+    node = _node(config, run)
+    dataset = _dataset(config, run, node)
     split = config.data.split or next(name for name in ("test", "validation", "train") if name in dataset.splits)
     source = dataset.split(split)
     weights = run.weights(config.checkpoint, config.weights)
     batch = run.config.data.batch if config.data.batch is None else config.data.batch
-    batches = Loader(source, min(batch, len(source)) if isinstance(batch, int) else batch, shuffle=False)
+    batches = whole(source, batch)
     kind = "text" if "vocabulary" in run.spec else "class" if "classes" in run.spec else "value"
     model = (weights.params, weights.extra, weights.frozen, weights.hyper)
-    metrics, outputs = whole_split(_judging(run, source), *model, batches, collect=kind != "text")
-    report: dict[str, Any] = {"run": os.fspath(run.path), "checkpoint": config.checkpoint, "split": split, "examples": len(source)}
+    metrics, outputs = score(judging(run.objective, source), *model, batches, collect=kind != "text")
+    report: dict[str, Any] = {"run": os.fspath(run.path), "checkpoint": config.checkpoint, "step": weights.step, "weights": weights.kind}
+    report |= {"data": {name: node[name] for name in NAMES if name in node}, "split": split, "examples": batches.examples}
     report["metrics"] = {f"{split}/{name}": value for name, value in metrics.items()}
     if kind == "class":
         report["classification"] = host.classification(outputs["logits"], outputs["label"], classes=run.preprocessor.classes or None)
@@ -66,15 +66,22 @@ def main(argv: list[str] | None = None) -> int:
     return app.main(evaluate, "evaluate", argv)
 
 
-def _dataset(config: DictConfig, run: Run) -> Dataset:
-    """The run's own data, where it lies now, or the data set that the command names."""
-    if "_target_" in config.data:
-        node = config.data
-        if node.root is None:  # the data set has no files
-            with open_dict(node):
-                del node["root"]
-    else:
-        node = OmegaConf.merge(run.config.data, {"root": config.data.root} if config.data.root else {})
+def _node(config: DictConfig, run: Run) -> DictConfig:
+    """The config of the data set that the command names, or of the run's own, where that lies now."""
+    if "_target_" not in config.data:
+        merged = OmegaConf.merge(run.config.data, {"root": config.data.root} if config.data.root else {})
+        assert isinstance(merged, DictConfig)
+        return merged
+    if config.data.root is None:  # the data set has no files
+        with open_dict(config.data):
+            del config.data["root"]
+    if (time := run.spec.get("time")) not in (None, asked := config.data.get("time", time)):
+        app.say(f"with a context of {asked} tokens, data.time; the run was trained with {time}")
+    return config.data
+
+
+def _dataset(config: DictConfig, run: Run, node: DictConfig) -> Dataset:
+    """What the node names, read with the run's tokenizer and statistics."""
     try:
         dataset = open_data(node, run.preprocessor)
     except DataError as error:
@@ -82,15 +89,6 @@ def _dataset(config: DictConfig, run: Run) -> Dataset:
         raise DataError(f"{error}{'; has the data moved? data.root=FOLDER says where it is now' if moved else ''}") from error
     check_spec({name: run.spec[name] for name in SHAPES if name in run.spec}, dataset.spec, f"{os.fspath(run.path)}: data.spec")
     return dataset
-
-
-def _judging(run: Run, source: Source) -> Objective:
-    """The run's objective, with this split's own bytes per token where it reports bits per byte: the run's are those of its validation split."""
-    objective: Any = run.objective
-    if run.tokenizer is None or getattr(objective, "bytes_per_token", None) is None or not isinstance(source, Windows):
-        return objective
-    sizes = np.array([len(piece) for piece in run.tokenizer.pieces])
-    return dataclasses.replace(objective, bytes_per_token=float(sizes[source.tokens[1:]].mean()))
 
 
 def _draw(run: Run, report: Mapping[str, Any], outputs: Mapping[str, np.ndarray], dataset: Dataset, split: str) -> list[str]:

@@ -12,7 +12,9 @@ from omegaconf import DictConfig
 
 from research.core.errors import ConfigError, nearest
 from research.core.types import Batch, Hyper, Objective, State, Tree
+from research.data.dataset import Source
 from research.data.preprocess import Preprocessor
+from research.data.text import Windows
 from research.data.tokenizers import Tokenizer
 from research.inference.decode import generate, start_token
 from research.inference.predict import predict
@@ -24,12 +26,17 @@ from research.training.checkpoint import Checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What a pure function of the model needs: predict(params, extra, frozen, batch, key, hyper)."""
+    """What a pure function of the model needs, predict(params, extra, frozen, batch, key, hyper), and whence it comes.
+
+    Args:    step: updates made before.  kind: "raw", or "ema" for the running average.
+    """
 
     params: Tree
     extra: Tree
     frozen: Tree
     hyper: Hyper
+    step: int
+    kind: str
 
 
 class Run:
@@ -45,7 +52,7 @@ class Run:
         if saved is None:
             raise ConfigError(f"run={os.fspath(self.path)!r} is no run folder: it holds no {run.CONFIG}{_nearest_run(self.path)}")
         self.config: DictConfig = saved
-        self._held: tuple[str | int, Weights] | None = None
+        self._held: tuple[Any, Weights] | None = None
 
     def __repr__(self) -> str:
         return f"Run({os.fspath(self.path)!r})"
@@ -77,7 +84,7 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        """result.json; {} while the run goes on."""
+        """result.json; {} while the run goes on, resumed or not."""
         return run.read_result(self.path)
 
     @property
@@ -141,8 +148,12 @@ class Run:
 
     def _weights(self, checkpoint: str | int) -> Weights:
         """The weights of the checkpoint that was asked for last, so that a notebook does not read it again for each call."""
-        if self._held is None or self._held[0] != checkpoint:
-            self._held = (checkpoint, self.weights(checkpoint))
+        with Checkpoints(self.path, read_only=True) as checkpoints:  # a run that goes on has a new latest, and perhaps a new best
+            latest = checkpoints.latest()
+            named: dict[str | int, int | None] = {"best": checkpoints.best() or latest, "latest": latest}
+        step = named.get(checkpoint, checkpoint)
+        if self._held is None or self._held[0] != (checkpoint, step):
+            self._held = ((checkpoint, step), self.weights(checkpoint))
         return self._held[1]
 
 
@@ -157,8 +168,17 @@ def select(assembly: Assembly, state: State, which: str = "auto") -> Weights:
     average = assembly.step.optimizer.average(state.opt)
     if which == "ema" and average is None:
         raise ConfigError("weights=ema: this run kept no running average (train.ema is null); use weights=raw")
-    params = state.params if average is None or which == "raw" or int(state.step) == 0 else average
-    return Weights(params, {name: value for name, value in state.extra.items() if name != "skipped"}, None, state.hyper)
+    raw = average is None or which == "raw" or int(state.step) == 0
+    extra = {name: value for name, value in state.extra.items() if name != "skipped"}
+    return Weights(state.params if raw else average, extra, None, state.hyper, int(state.step), "raw" if raw else "ema")
+
+
+def judging(objective: Objective, source: Source) -> Objective:
+    """The objective to score a split with: it counts the bytes of that split's own tokens where it reports bits per byte."""
+    known: Any = objective
+    if not isinstance(source, Windows) or getattr(known, "bytes_per_token", None) in (None, source.bytes_per_token):
+        return objective
+    return dataclasses.replace(known, bytes_per_token=source.bytes_per_token)
 
 
 def text(

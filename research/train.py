@@ -23,16 +23,16 @@ from research.core.spec import check_spec
 from research.core.tree import count, paths, sha256
 from research.core.types import State
 from research.data.dataset import Dataset, open_data
-from research.data.loader import Loader
+from research.data.loader import Loader, whole
 from research.data.on_device import place
 from research.data.preprocess import Preprocessor
 from research.figures.curves import curves
 from research.figures.images import sheet
 from research.inference.evaluate import evaluate
 from research.inference.sample import Sampling
-from research.run import Run, Weights, select, text
+from research.run import Run, Weights, judging, select, text
 from research.training import log, run
-from research.training.assembly import Assembly, assemble, settings
+from research.training.assembly import Assembly, assemble, parts, settings
 from research.training.checkpoint import Checkpoints
 from research.training.clock import Clock
 from research.training.interrupt import Interrupt
@@ -64,7 +64,7 @@ def train(config: DictConfig) -> dict[str, Any]:
         except BaseException as error:
             if before is None or (training is not None and training.began):  # a refused command leaves the run of before as it is
                 _fail(config, path, error)
-            if (told := _told(error, path)) is not error:
+            if (told := _told(error, path, config)) is not error:
                 raise told from error
             raise
 
@@ -132,10 +132,15 @@ def _is_done(path: epath.Path, steps: int | None) -> bool:
     return result.get("status") == "stopped_early" or (result.get("status") == "finished" and result["step"] == steps)
 
 
-def _told(error: BaseException, path: epath.Path) -> BaseException:
+def _again(path: epath.Path, config: DictConfig) -> str:
+    """What a person types to go on with this folder; a fork once made is a run like any other."""
+    return f"the same command with run_dir={shlex.quote(os.fspath(path))}{' resume=auto' if config.resume == 'fork' else ''}"
+
+
+def _told(error: BaseException, path: epath.Path, config: DictConfig) -> BaseException:
     """The error as a person should read it."""
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted(f"interrupted outside training; the same command with run_dir={os.fspath(path)} goes on from the last checkpoint")
+        return Interrupted(f"interrupted outside training; {_again(path, config)} goes on from the last checkpoint")
     if isinstance(error, OSError):
         return ResearchError(f"{error.filename or os.fspath(path)}: {error.strerror or error}")
     return error
@@ -175,9 +180,9 @@ class Training:
                 app.say(f"the data has no validation split: the best step is the one with the lowest train/loss, not {config.train.monitor}")
                 config.train.monitor, config.train.mode = "train/loss", "min"
         train = place(self.dataset.split("train"))
-        self.loader = Loader(train, config.data.batch, seed=config.seed)
+        self.loader = Loader(train, config.data.batch, seed=config.seed, parts=parts(config))
+        _check_batch(self.loader.batch, config)
         self.assembly: Assembly = assemble(config, batches=len(self.loader))
-        _check_batch(self.loader.batch, self.assembly)
         with open_dict(config):
             config.train.steps, config.train.epochs = self.assembly.step.steps, None
         self._drawn = 0
@@ -210,6 +215,10 @@ class Training:
         """The state to go on from, and what the host remembers beside it."""
         if self.parent is not None:
             return self._forked(clock)
+        if self.before is None and checkpoints.steps():
+            raise ConfigError(
+                f"run_dir={os.fspath(self.path)!r} holds checkpoints but no {run.CONFIG}, so nobody can say of which run: choose another run_dir"
+            )
         if checkpoints.latest() is None:
             with clock.span("start"):
                 return self.assembly.state(), new_host()
@@ -220,18 +229,20 @@ class Training:
         return state, host
 
     def _forked(self, clock: Clock) -> tuple[State, dict[str, Any]]:
-        """The parent's latest state under this run's settings; an optimizer of another kind starts anew."""
+        """The parent's state under this run's settings; another optimizer starts anew."""
         assert self.parent is not None
-        old = self.parent.state("latest")
+        old = self.parent.state(self.config.checkpoint)
         with clock.span("start"):
             new = self.assembly.state()
         for part in ("params", "extra"):
             _require_same(getattr(old, part), getattr(new, part), self.parent.path)
         steps = self.assembly.step.steps
         if steps <= int(old.step):
-            raise ConfigError(f"train.steps={steps}: {os.fspath(self.parent.path)} is at step {int(old.step)} already; give more steps")
-        opt = self.assembly.step.optimizer.init(old.params)
-        if _shapes(opt) == _shapes(old.opt):
+            raise ConfigError(
+                f"train.steps={steps}: {os.fspath(self.parent.path)} is at step {int(old.step)} already; give more steps, or checkpoint=STEP"
+            )
+        opt, before = self.assembly.step.optimizer.init(old.params), self.parent.assembly.step.optimizer
+        if self.assembly.step.optimizer.factory == before.factory and _shapes(opt) == _shapes(old.opt):
             opt = jax.tree.unflatten(jax.tree.structure(opt), jax.tree.leaves(old.opt))
         state = dataclasses.replace(old, opt=opt, hyper=new.hyper, key=new.key)  # this config's key: it may be of another kind
         return jax.tree.map(jnp.copy, state), new_host()  # a running average starts as the very weights, which cannot be donated twice
@@ -245,7 +256,7 @@ class Training:
             kind = type(self.assembly.step.schedule).__name__
             raise ConfigError(
                 f"train.steps={new}: this run was begun for {old} steps, and its first {at} under schedule {kind} would have been other ones; "
-                f"keep train.steps={old}, use resume=fork, or a schedule whose history does not depend on the end (constant, warmup_stable_decay)"
+                f"keep train.steps={old}, or use resume=fork, from an earlier checkpoint=STEP if the rate has fallen already"
             )
 
     def _write_folder(self) -> None:
@@ -254,6 +265,7 @@ class Training:
             parent = {"run": os.fspath(self.parent.path), "result": self.parent.result.get("state_sha256")}
         if self.before is None:
             self.dataset.save(self.path / "data")
+        (self.path / run.RESULT).unlink(missing_ok=True)  # it tells of an end that is no longer the end
         run.write_config(self.path, self.config)
         run.write_environment(self.path, parent)
 
@@ -273,9 +285,9 @@ class Training:
         """The means of a whole split; {} where the data has no such split."""
         if split not in self.dataset.splits:
             return {}
-        batch = max(self.loader.batch, EVALUATION_BATCH)
-        batches = Loader(self.dataset.splits[split], min(batch, len(self.dataset.splits[split])), shuffle=False)
-        objective = self.assembly.step.objective
+        source = self.dataset.splits[split]
+        batches = whole(source, max(self.loader.batch, EVALUATION_BATCH))
+        objective = judging(self.assembly.step.objective, source)
         metrics, _ = evaluate(objective, weights.params, weights.extra, weights.frozen, weights.hyper, batches)
         return {f"{split}/{name}": value for name, value in metrics.items()}
 
@@ -302,6 +314,8 @@ class Training:
         ended = outcome.status != "interrupted"
         if ended and best is not None and best["step"] != at:
             state, _ = checkpoints.restore("best", self.assembly.abstract())
+            if int(state.step) != best["step"]:
+                app.say(f"the best checkpoint, of step {best['step']}, is damaged: the scores are those of step {int(state.step)}")
         weights = select(self.assembly, state)
         metrics = {**self._scores("validation", weights), **self._scores("test", weights)} or self._scores("train", weights) if ended else {}
         if self.config.logger.figures:
@@ -326,9 +340,7 @@ class Training:
         self.log.close()
         self._summary(result)
         if outcome.status == "interrupted" and outcome.reason in ("SIGINT", "SIGTERM"):
-            raise Interrupted(
-                f"{outcome.reason}: saved at step {at}; the same command with run_dir={shlex.quote(os.fspath(self.path))} goes on from there"
-            )
+            raise Interrupted(f"{outcome.reason}: saved at step {at}; {_again(self.path, self.config)} goes on from there")
         return result
 
     def _speed(self, clock: Clock, at: int, start: int) -> dict[str, Any]:
@@ -358,22 +370,23 @@ class Training:
         if self.config.logger.figures:
             app.say(f"curves: {folder}/figures/curves.png")
         if result["status"] == "interrupted":
-            app.say(f"to go on: the same command with run_dir={folder}")
+            app.say(f"to go on: {_again(self.path, self.config)}")
         app.say(f"next: python -m research.evaluate run={folder}")
         predict = 'prompt="…"' if self.dataset.preprocessor.tokenizer else "input=PATH"
         app.say(f"      python -m research.predict run={folder} {predict}")
 
 
-def _check_batch(batch: int, assembly: Assembly) -> None:
+def _check_batch(batch: int, config: DictConfig) -> None:
     """Refuses a batch that cannot be cut into equal parts for every device and microbatch.
 
     Raises:  ConfigError: naming the numbers and the nearest batch that can be cut.
     """
-    accumulate, devices = assembly.settings.accumulate, assembly.parallel.count
-    parts = accumulate * devices
-    if batch % parts:
-        near = max(round(batch / parts), 1) * parts
-        raise ConfigError(f"data.batch={batch} cannot be cut into train.accumulate={accumulate} x {devices} devices; the nearest that can is {near}")
+    count, accumulate = parts(config), config.train.accumulate
+    if batch % count:
+        near = max(round(batch / count), 1) * count
+        raise ConfigError(
+            f"data.batch={batch} cannot be cut into train.accumulate={accumulate} x {count // accumulate} devices; the nearest that can is {near}"
+        )
 
 
 def _expected(expect: DictConfig | None, metrics: Mapping[str, float | None]) -> dict[str, Any] | None:

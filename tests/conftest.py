@@ -59,6 +59,12 @@ def snapshot() -> Callable[[pathlib.Path], dict[str, str]]:
     return take
 
 
+def pytest_configure(config: pytest.Config):
+    """Without the slow tests LLVM takes its short way: programs that run for milliseconds would else be compiled for most of the suite's time."""
+    if config.option.markexpr == "not slow":
+        os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {os.environ.get('XLA_FLAGS', '')}".strip()
+
+
 def pytest_addoption(parser: pytest.Parser):
     """The one option of this suite's own."""
     parser.addoption("--golden-write", action="store_true", help="write the loss curves of tests/golden anew")

@@ -89,10 +89,9 @@ def test_every_experiment_says_what_it_is(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     for word in ("Command:", "Published:", "Measured:"):
         assert any(word in line for line in header), f"{path.name} does not say {word}"
-    if config.expect is not None:
-        low, high = config.expect.band
-        assert low is not None or high is not None
-        assert low is None or high is None or low < high
+    low, high = config.expect.band
+    assert low is not None or high is not None
+    assert low is None or high is None or low < high
 
 
 @pytest.mark.parametrize("name", options("../experiments"))
@@ -103,12 +102,11 @@ def test_every_experiment_takes_a_step_and_expects_what_it_measures(name):
         config.data.spec = spec
     assembly = assemble(config, batches=20)
     assembly.check(4)
-    if config.expect is not None:
-        split, _, metric = config.expect.metric.partition("/")
-        assert split in ("validation", "test")
-        objective, state, batch = assembly.step.objective, assembly.abstract(), abstract_batch(spec, 4)
-        tally, _ = jax.eval_shape(lambda s, b: objective(s.params, s.extra, None, b, None, s.hyper, train=False), state, batch)
-        assert metric in {*tally.metrics, *objective.derived(dict.fromkeys(tally.metrics, 1.0))}
+    split, _, metric = config.expect.metric.partition("/")
+    assert split in ("validation", "test") or (split == "train" and not config.data.get("validation", 0))
+    objective, state, batch = assembly.step.objective, assembly.abstract(), abstract_batch(spec, 4)
+    tally, _ = jax.eval_shape(lambda s, b: objective(s.params, s.extra, None, b, None, s.hyper, train=False), state, batch)
+    assert metric in {*tally.metrics, *objective.derived(dict.fromkeys(tally.metrics, 1.0))}
 
 
 def spec_of(config):

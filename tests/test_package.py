@@ -65,7 +65,7 @@ def test_every_console_script_has_its_verb(name):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The names in a wheel that is built here."""
+    """A wheel that is built here."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [
         sys.executable,
@@ -82,10 +82,11 @@ def wheel(tmp_path_factory):
     ]
     subprocess.run(command, check=True, env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"})
     (path,) = folder.glob("*.whl")
-    return zipfile.ZipFile(path).namelist()
+    return path
 
 
 def test_a_wheel_holds_every_config_module_and_plugin_once(wheel):
+    wheel = zipfile.ZipFile(wheel).namelist()
     for folder, place in (("conf", "research/conf"), ("experiments", "research/experiments")):
         for path in (ROOT / folder).rglob("*.yaml"):
             assert f"{place}/{path.relative_to(ROOT / folder)}" in wheel
@@ -94,6 +95,16 @@ def test_a_wheel_holds_every_config_module_and_plugin_once(wheel):
         assert wheel.count(name) == 1
     assert "hydra_plugins/ontogeny/experiments.py" in wheel
     assert not [name for name in wheel if "sweep/plugins" in name or name.split("/")[0] in ("conf", "experiments", "tests")]
+
+
+def test_a_wheel_installed_elsewhere_finds_its_configs_from_any_working_directory(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (tmp_path / "work").mkdir()
+    code = "import research, research.train; print(research.__file__); research.train.main(['experiment=digits_mlp', '--cfg', 'job', '-p', 'expect'])"
+    printed = python(code, cwd=tmp_path / "work", env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
+    assert printed[0] == str(tmp_path / "site" / "research" / "__init__.py")
+    assert printed[1:3] == ["#", "@package"]
+    assert "test/accuracy" in printed
 
 
 def test_constraints_hold_what_is_installed():

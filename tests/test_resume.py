@@ -30,7 +30,7 @@ RUNS = {
     "gpt with dropout": (*GPT, "model.dropout=0.2", "logger.sample=false", *FORTY),
     "accumulation, average, lamb": ("model.width=8", "optimizer=lamb", "train.accumulate=2", "train.ema=0.9", "train.clip=1.0", *FORTY),
 }
-LONG = ("model.width=8", "model.depth=1", "train.steps=1500", "train.eval_every=100", "train.save_every=50", "schedule=cosine", *QUIET)
+LONG = ("model.width=8", "model.depth=1", "train.steps=800", "train.eval_every=100", "train.save_every=50", "schedule=cosine", *QUIET)
 
 
 def result(folder):
@@ -81,13 +81,13 @@ def until(condition, process, folder, seconds=120):
 def test_stopped_at_17_and_resumed_equals_undisturbed(command, undisturbed, tmp_path, name):
     """17 is neither a log point nor an evaluation, so that the records of metrics.jsonl would show a window that was cut."""
     argv = (*RUNS[name], *QUIET)
-    for stop in ("train.stop_at=17", "train.stop_at=20", "train.stop_at=null"):
+    for stop in ("train.stop_at=17", "train.stop_at=null"):
         told = command("train", *argv, f"run_dir={tmp_path}", stop)
         assert told.code == 0, told.err
     assert result(tmp_path)["state_sha256"] == result(undisturbed(argv))["state_sha256"]
     assert result(tmp_path)["metrics"] == result(undisturbed(argv))["metrics"]
     assert curve(tmp_path) == curve(undisturbed(argv))
-    assert len(json.loads((tmp_path / "environment.json").read_text())) == 3
+    assert len(json.loads((tmp_path / "environment.json").read_text())) == 2
 
 
 @pytest.mark.parametrize("monitor", ["validation/loss", "train/loss"])
@@ -148,7 +148,7 @@ def test_a_signal_saves_and_leaves_with_75(command, undisturbed, tmp_path, name)
         signal.signal(signal.SIGTERM, before)
     stopped = result(folder)
     assert (told.code, stopped["status"], stopped["reason"]) == (75, "interrupted", name)
-    assert 50 <= stopped["step"] < 1500
+    assert 50 <= stopped["step"] < 800
     assert told.err == [
         f"error: {name}: saved at step {stopped['step']}; the same command with run_dir={shlex.quote(str(folder))} goes on from there"
     ]

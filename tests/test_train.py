@@ -11,6 +11,8 @@ import pytest
 from research import Run, compose
 from research.core.config import read_config
 from research.core.tree import sha256
+from research.data.dataset import open_data
+from research.training.loop import Loop
 
 RESULT = {"status", "reason", "experiment", "step", "params", "metrics", "best", "expect", "compile_s", "train_s", "steps_per_s", "examples_per_s"}
 RESULT |= {"tokens_per_s", "peak_bytes", "device", "params_sha256", "state_sha256"}
@@ -132,6 +134,35 @@ def test_evaluate_takes_another_split_and_checkpoint(trained, command):
         report = read(folder / "evaluation.json")
         assert (report["split"], report["examples"], report["checkpoint"]) == (split, examples, 10)
     assert report["metrics"]["validation/loss"] == pytest.approx(column(folder, "validation/loss")[10], rel=1e-5)
+
+
+def test_evaluate_reads_every_token_of_the_part_that_was_trained_on(trained, command):
+    folder, _ = trained("gpt")
+    run = Run(folder)
+    windows = open_data(run.config.data, run.preprocessor).split("train").whole
+    told = command("evaluate", f"run={folder}", "data.split=train", "figures=false")
+    assert told.code == 0, told.err
+    report = read(folder / "evaluation.json")
+    assert report["examples"] == len(windows) == math.ceil((len(windows.tokens) - 1) / 16)
+    some = windows.take(np.arange(0, len(windows), 29))  # windows from all over the text
+    logits = run.predict(some)["logits"]
+    picked = np.take_along_axis(logits, some["target"][..., None], 2)[..., 0]
+    loss = (np.log(np.exp(logits).sum(-1)) - picked)[some["mask"]].mean()
+    assert report["metrics"]["train/loss"] == pytest.approx(loss, rel=0.02)
+
+
+def test_evaluate_judges_a_text_with_unknown_characters_as_training_did(command, tmp_path):
+    text = "the quick brown fox jumps over the lazy dog. " * 40
+    (tmp_path / "text.txt").write_text(text + "é?" * 100)  # é, two bytes, is read as ?, one byte
+    argv = (*GPT, *SHORT, *QUIET, "data=text", f"data.path={tmp_path / 'text.txt'}", 'data.unknown="?"', "data.time=16", "data.batch=4")
+    told = command("train", *argv, "logger.sample=false", f"run_dir={tmp_path / 'run'}")
+    assert told.code == 0, told.err
+    assert command("evaluate", f"run={tmp_path / 'run'}").code == 0
+    told = read(tmp_path / "run" / "evaluation.json")
+    assert told["metrics"] == pytest.approx(read(tmp_path / "run" / "result.json")["metrics"], rel=1e-6)
+    assert told["data"] == {"_target_": "research.data.text.text", "path": str(tmp_path / "text.txt")}
+    other = ("data=text", f"data.path={tmp_path / 'text.txt'}", "data.time=8")
+    assert "the run was trained with 16" in command("evaluate", f"run={tmp_path / 'run'}", *other).out
 
 
 def test_evaluate_takes_another_data_set_of_the_same_shape(trained, command):
@@ -271,7 +302,7 @@ def test_a_longer_run_under_cosine_is_refused_with_what_to_do(train, command, sn
     before = snapshot(folder)
     told = command("train", *MLP, *SHORT, *QUIET, f"run_dir={folder}", "schedule=cosine", "train.steps=40")
     assert told.code == 2
-    for text in ("train.steps=40", "begun for 20 steps", "Cosine", "resume=fork", "constant, warmup_stable_decay"):
+    for text in ("train.steps=40", "begun for 20 steps", "Cosine", "resume=fork", "checkpoint=STEP"):
         assert text in told.err[-1]
     assert snapshot(folder) == before
     told = command("train", *MLP, *SHORT, *QUIET, f"run_dir={folder}", "schedule=cosine", "train.steps=10")
@@ -300,6 +331,47 @@ def test_a_fork_goes_on_from_its_parent_in_a_new_folder(train, snapshot, changes
     assert list(column(fork, "train/loss")) == [25, 30, 35, 40]
     assert read(fork / "result.json")["step"] == 40
     assert column(fork, "validation/loss")[30] < column(folder, "validation/loss")[10]  # it did not start anew
+
+
+def test_a_fork_may_start_before_the_decay(train, snapshot):
+    wsd = ("schedule=warmup_stable_decay", "schedule.decay=10", "train.keep=all", "train.eval_every=5")
+    folder = train(*wsd)
+    before = snapshot(folder)
+    train(*wsd, "resume=fork", "checkpoint=10", "train.steps=30")
+    assert snapshot(folder) == before
+    (fork,) = forks(folder)
+    assert list(column(fork, "train/loss")) == [15, 20, 25, 30]
+    rates = column(fork, "learning_rate")
+    assert rates[20] == column(folder, "learning_rate")[10] > rates[25] > rates[30]
+
+
+def test_checkpoints_without_a_config_are_nobodys(train, command):
+    folder = train("train.stop_at=10")
+    (folder / "config.yaml").unlink()
+    told = command("train", *MLP, *SHORT, *QUIET, f"run_dir={folder}")
+    assert (told.code, "holds checkpoints but no config.yaml" in told.err[-1]) == (2, True)
+    assert (folder / "checkpoints" / "10").exists()
+
+
+def test_a_resumed_run_has_no_result_until_it_ends(train, monkeypatch):
+    folder, loop = train(), Loop.run
+    seen = []
+
+    def run(self, *state):
+        seen.append(Run(folder).result)
+        return loop(self, *state)
+
+    monkeypatch.setattr(Loop, "run", run)
+    train("train.steps=40")
+    assert seen == [{}]
+
+
+def test_another_monitor_has_another_best(train):
+    folder = train("train.steps=60", "train.stop_at=20")
+    assert read(folder / "result.json")["best"]["metric"] == "validation/loss"
+    train("train.steps=60", "train.monitor=validation/accuracy", "train.mode=max", "train.patience=9")
+    best = read(folder / "result.json")["best"]
+    assert (best["metric"], best["value"]) == ("validation/accuracy", max(list(column(folder, "validation/accuracy").values())[2:]))
 
 
 def test_a_fork_can_be_resumed_like_any_run(train, tmp_path):
@@ -372,6 +444,13 @@ def test_gradient_descent_means_the_whole_split(train):
     assert result["examples_per_s"] / result["steps_per_s"] == pytest.approx(1257)
     losses = list(column(folder, "train/loss").values())
     assert losses == sorted(losses, reverse=True)
+
+
+def test_the_whole_split_may_be_cut_into_microbatches(train, tmp_path):
+    """1,257 rows, an odd number: one more is added whose mask is False."""
+    argv = ("optimizer=gradient_descent", "train.steps=3", "train.log_every=1")
+    one, two = (train(*argv, f"train.accumulate={n}", folder=tmp_path / str(n)) for n in (1, 2))
+    assert column(two, "train/loss") == pytest.approx(column(one, "train/loss"), rel=1e-6)
 
 
 def test_a_running_average_is_what_evaluate_uses(train, command):
@@ -461,7 +540,25 @@ def test_the_python_api_is_what_the_verb_uses(tmp_path, trained):
     result = train(compose([*FAMILIES["mlp"], *SHORT, f"run_dir={tmp_path / 'run'}"]))
     assert result["state_sha256"] == read(folder / "result.json")["state_sha256"]
     assert Run(tmp_path / "run").metrics()[-1]["step"] == 20
-    assert Run(tmp_path / "run").result["metrics"] == result["metrics"]
+    run = Run(tmp_path / "run")
+    assert run.result["metrics"] == result["metrics"]
+    batch = {"image": np.ones((2, 8, 8, 1), np.float32), "mask": np.ones(2, bool)}
+    before = run.predict(batch, "latest")["logits"]
+    assert run.predict(batch, "latest")["logits"].tobytes() == before.tobytes()
+    train(compose([*FAMILIES["mlp"], *SHORT, f"run_dir={tmp_path / 'run'}", "train.steps=30"]))
+    assert run.predict(batch, "latest")["logits"].tobytes() != before.tobytes()  # the same object sees that the run went on
+
+
+def test_predict_needs_nothing_but_the_run_folder(command, tmp_path):
+    """Neither the data that it was trained on nor a word of the config about where that lies."""
+    (tmp_path / "data.csv").write_text("x,y\n" + "".join(f"{i},{2 * i}\n" for i in range(40)))
+    (tmp_path / "new.csv").write_text("x\n3\n")
+    argv = ("data=table", f"data.path={tmp_path / 'data.csv'}", "objective=regress", "data.batch=8", *MLP, *SHORT, *QUIET)
+    assert command("train", *argv, f"run_dir={tmp_path / 'run'}").code == 0
+    (tmp_path / "data.csv").unlink()
+    told = command("predict", f"run={tmp_path / 'run'}", f"input={tmp_path / 'new.csv'}")
+    assert told.code == 0, told.err
+    assert len(read(tmp_path / "run" / "predictions.jsonl")["value"]) == 1
 
 
 def test_a_run_may_be_moved(train, command, tmp_path):

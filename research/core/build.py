@@ -18,7 +18,7 @@ from research.core.overrides import explain
 
 ROOMS = ("data", "models", "layers", "losses", "metrics", "objectives", "compression", "explanation")
 ROOMS += tuple(f"training.{file}" for file in ("loop", "muon", "optimizer", "parallel", "schedule"))  # the other files there write to disk
-LIBRARIES = ("optax", "flax.linen", "jax.nn", "grain")  # no jax.numpy, which can load pickles
+LIBRARIES = ("optax", "flax.linen", "jax.nn")  # no jax.numpy, which can load pickles
 ALLOWED = (*(f"research.{room}" for room in ROOMS), *LIBRARIES)  # where a target may live
 _PLACES = f"research.{{{','.join(ROOMS)}}}, {', '.join(LIBRARIES)}"
 _KEYS = ("_target_", "_args_", "_partial_", "_recursive_")
@@ -102,10 +102,12 @@ def thaw(node: Any) -> Any:
 
 
 def _locate(target: str, where: str) -> Callable[..., Any]:
-    """What the target names, reached through modules that the allow-list covers."""
+    """What the target names: a function or class of a module that the allow-list covers, never a method, which may well write files."""
     names = target.split(".")
     found: Any = importlib.import_module(names[0])
     for i in range(1, len(names)):
+        if not inspect.ismodule(found):
+            raise ConfigError(f"{where}._target_={target!r} is not allowed: {'.'.join(names[:i])} is no module, and its members are no targets")
         found = _member(found, names[i], f"{where}._target_={target!r}")
         if inspect.ismodule(found) and found.__name__ != ".".join(names[: i + 1]):
             raise ConfigError(f"{where}._target_={target!r} is not allowed: {found.__name__} only passes through there")

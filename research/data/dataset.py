@@ -19,7 +19,7 @@ from research.data.preprocess import Preprocessor
 class Source(Protocol):
     """One split: examples by number, gathered a whole batch at a time.
 
-    A source whose examples overlap may have an attribute `draws`: how many of them make an epoch. Else an epoch is all of them.
+    A source whose examples overlap also has `draws`, how many of them make an epoch, and `whole`, the source of the same data without overlap.
     """
 
     def __len__(self) -> int:

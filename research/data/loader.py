@@ -26,35 +26,45 @@ class Loader:
     Args:    source: the split.
              batch: examples per optimizer update over all shards, or "all": the whole split.
              seed: of the order; the same seed gives the same batches on any machine and for any number of threads or shards.
-             shuffle: a new order in each epoch; False: in the order of the source.
+             shuffle: a new order in each epoch; False: one pass in the order of the source, in which overlapping examples are laid side by side.
              shard: (i, n): only the i-th of n equal parts of every batch.
+             parts: what "all" is rounded up to a multiple of, for devices and microbatches of one size.
              threads: of Grain that prepare batches; 0: none; None: by how long a batch takes.
     Raises:  ConfigError: a batch that is no count or that n does not divide.  DataError: an empty split.
     """
 
     def __init__(
-        self, source: Source, batch: int | str, *, seed: int = 0, shuffle: bool = True, shard: tuple[int, int] = (0, 1), threads: int | None = None
+        self,
+        source: Source,
+        batch: int | str,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        shard: tuple[int, int] = (0, 1),
+        parts: int = 1,
+        threads: int | None = None,
     ):
+        source = source if shuffle else getattr(source, "whole", source)
         self._source, self._seed, self._shuffle, self._shard, self._threads = source, seed, shuffle, shard, threads
-        self._examples: int = getattr(source, "draws", len(source))
-        if not self._examples:
+        self.examples: int = getattr(source, "draws", len(source))
+        if not self.examples:
             raise DataError("the split has no examples")
         if len(source) > np.iinfo(np.int32).max:
             raise DataError(f"the split has {len(source)} examples, more than the numbers of examples in 32 bits")
         if seed < 0:
             raise ConfigError(f"seed={seed}: the seed of the order must be 0 or more")
-        self.batch = _batch(batch, self._examples, shard[1])
+        self.batch = _batch(batch, self.examples, shard[1], parts)
 
     def __len__(self) -> int:
         """The batches of one epoch."""
-        return math.ceil(self._examples / self.batch)
+        return math.ceil(self.examples / self.batch)
 
     def indices(self, step: int) -> Int32[np.ndarray, "n"]:
         """The numbers of the examples that count in the global batch of a step; fewer than `batch` at the end of an epoch."""
         if step < 0:
             raise IndexError(f"step {step}: steps count from 0")
         epoch, place = divmod(step, len(self))
-        order = plan(self._seed, epoch if self._shuffle else 0, len(self._source), self._shuffle, self._examples)
+        order = plan(self._seed, epoch if self._shuffle else 0, len(self._source), self._shuffle, self.examples)
         return order[place * self.batch : (place + 1) * self.batch]
 
     def __getitem__(self, step: int) -> dict[str, Any]:
@@ -102,6 +112,15 @@ class Loader:
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 
+def whole(source: Source, batch: int | str) -> Loader:
+    """One pass over every example of a split, in order, for scoring it.
+
+    Args:    batch: examples per batch at most, or "all"; a smaller split is one batch of its own size.
+    """
+    loader = Loader(source, batch, shuffle=False)
+    return loader if len(loader) > 1 else Loader(source, "all", shuffle=False)
+
+
 class _Steps:
     """The batches of a range of steps as a Grain source whose item is a whole batch: one at a time is 20 times slower."""
 
@@ -115,15 +134,15 @@ class _Steps:
         return self._loader[self._start + index]
 
 
-def _batch(batch: int | str, examples: int, parts: int) -> int:
-    """The global batch as a number; "all" is rounded up to equal parts."""
+def _batch(batch: int | str, examples: int, shards: int, parts: int) -> int:
+    """The global batch as a number; "all" is rounded up to equal parts of equal parts."""
     if batch == "all":
-        return math.ceil(examples / parts) * parts
+        return math.ceil(examples / (shards * parts)) * shards * parts
     if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
         raise ConfigError(f'data.batch={batch!r} must be a whole number of at least 1, or "all"')
-    if batch % parts:
+    if batch % shards:
         raise ConfigError(
-            f"data.batch={batch} cannot be cut into {parts} equal parts; the nearest that can is {max(1, round(batch / parts)) * parts}"
+            f"data.batch={batch} cannot be cut into {shards} equal parts; the nearest that can is {max(1, round(batch / shards)) * shards}"
         )
     return batch
 

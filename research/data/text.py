@@ -25,12 +25,18 @@ class Windows:
     With `overlap`, an example is a window at any offset, and an epoch draws as many of them as cover the tokens once. Without, windows
     follow each other, every token but the first is a target exactly once, and the last window is filled up with mask False.
 
-    Args:    tokens: the sequence.  time: tokens of a window.
+    Args:    tokens: the sequence.  time: tokens of a window.  bytes_per_token: bytes of text for each token that is a target; NaN: unknown.
     """
 
     tokens: Int32[np.ndarray, "n"]
     time: int
     overlap: bool
+    bytes_per_token: float = math.nan
+
+    @property
+    def whole(self) -> "Windows":
+        """The same text as windows that do not overlap, for a pass over all of it."""
+        return dataclasses.replace(self, overlap=False)
 
     @property
     def draws(self) -> int:
@@ -116,13 +122,13 @@ def split_text(
     parts = {name: content[part] for name, part in cut(len(content), validation=validation, test=test).items()}
     known = (fitted.tokenizer if fitted else None) or fit_tokenizer(tokenizer, parts["train"], vocabulary=vocabulary, unknown=unknown)
     tokens = {name: _encode(known, part, time + 1 if name == "train" else 2, f"{where}, {name} part") for name, part in parts.items()}
-    splits = {name: Windows(part, time, overlap=name == "train") for name, part in tokens.items()}
+    splits = {name: Windows(part, time, name == "train", _bytes_per_token(parts[name], part, known)) for name, part in tokens.items()}
     judged = "validation" if "validation" in parts else "train"
     spec = {
         "fields": fields(mask=(time,), tokens=((time,), "int32"), target=((time,), "int32")),
         "vocabulary": known.vocabulary,
         "time": time,
-        "bytes_per_token": _bytes_per_token(parts[judged], tokens[judged], known),
+        "bytes_per_token": splits[judged].bytes_per_token,
         "examples": {name: source.draws for name, source in splits.items()},
     }
     return Dataset(splits, Preprocessor(spec, known))

@@ -50,7 +50,8 @@ class BatchNorm(nn.Module):
 
     In training the statistics are those of the global batch: sums and counts are added over the device axis in force. The running ones
     live in the collection `batch_stats` and are used otherwise; a batch without any valid row leaves them unchanged. As in torch, the
-    variance that normalises is divided by n, the running one by n - 1.
+    variance that normalises is divided by n, the running one by n - 1. Under gradient accumulation each microbatch is normalised by its own
+    statistics (ghost normalisation), so 1, 2 and 4 microbatches do not give the same update.
 
     Args:    decay: share of the running statistics that an update keeps.  epsilon: added to the variance.
     Source:  Ioffe and Szegedy 2015.

@@ -68,6 +68,11 @@ def settings(config: DictConfig) -> Settings:
     return build(config.train, where="train")
 
 
+def parts(config: DictConfig) -> int:
+    """Into how many parts of one size a batch is cut: microbatches times devices."""
+    return settings(config).accumulate * build(config.parallel, where="parallel").count
+
+
 def assemble(config: DictConfig, *, batches: int | None = None, training: bool = True) -> Assembly:
     """The step and everything around it; the config must hold the data's spec.
 

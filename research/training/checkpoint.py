@@ -38,6 +38,10 @@ _log = logging.getLogger(__name__)
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
 
 
+class _UnreadableError(Exception):
+    """Why a checkpoint with a sound manifest cannot be used."""
+
+
 class Checkpoints:
     """The checkpoints of one run folder: one writer at a time, any number of readers.
 
@@ -127,15 +131,18 @@ class Checkpoints:
         Raises:  CheckpointError: there is none; all are damaged; or it is another model's, with the first leaves that differ.
         """
         self.wait()
-        damaged = []
-        for step in self._order(which):
+        damaged: dict[int, str] = {}
+        while (step := next((step for step in self._order(which) if step not in damaged), None)) is not None:  # a writer may add and remove some
             bad = self._damage(step, _kinds(like))
             if bad is None:
-                return self._read(step, like)
-            damaged.append(f"{self._path(step)} ({bad})")
-            _log.warning("damaged checkpoint: %s; trying the one before", damaged[-1])
+                try:
+                    return self._read(step, like)
+                except _UnreadableError as error:
+                    bad = str(error)
+            damaged[step] = f"{self._path(step)} ({bad})"
+            _log.warning("damaged checkpoint: %s; trying the one before", damaged[step])
         if damaged:
-            raise CheckpointError(f"damaged checkpoint: {', '.join(damaged)}; and no other to fall back to")
+            raise CheckpointError(f"damaged checkpoint: {', '.join(damaged.values())}; and no other to fall back to")
         raise CheckpointError(f"{self.folder} holds no checkpoint")
 
     def _path(self, step: int) -> epath.Path:
@@ -167,16 +174,19 @@ class Checkpoints:
         return manifest.damage(path, content)
 
     def _read(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
-        """A verified checkpoint."""
+        """A checkpoint whose files are as they were written; that what they say is what was saved is seen here, from end to end."""
         path = self._path(step)
         stored = {name: _stored(leaf) for name, leaf in _abstract(like).items()}
         try:
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
                 arrays = orbax.restore(path / ARRAYS, args=ocp.args.StandardRestore(_nested(stored)))
+            host = json.loads((path / HOST).read_text())
         except Exception as error:  # pages of TensorStore's text
-            raise CheckpointError(f"cannot read checkpoint {path}: {_reason(error)}") from error
-        state = restack({**stored, **flatten_dict(arrays, sep="/")}, like)
-        return jax.tree.map(_placed, state, like), json.loads((path / HOST).read_text())
+            raise _UnreadableError(f"cannot be read: {_reason(error)}") from error
+        leaves = {**stored, **flatten_dict(arrays, sep="/")}
+        if (content := manifest.read(path)) is None or sha256(leaves) != content["state_sha256"]:
+            raise _UnreadableError("its arrays are not those that were saved")
+        return jax.tree.map(_placed, restack(leaves, like), like), host
 
     def _write(self, step: int, leaves: dict[str, np.ndarray], kinds: Kinds, host: str, best: bool) -> None:
         """One checkpoint, in the background thread."""

@@ -83,7 +83,7 @@ class Outcome:
 
 def new_host() -> dict[str, Any]:
     """What the host remembers beside the state; saved as host.json, so that a resumed run decides as an uninterrupted one."""
-    return {"best": None, "bad_evaluations": 0, "schedule": {}, "seconds": {}, "learning_rate": None, "window": [], "in_a_row": 0}
+    return {"watched": None, "best": None, "bad_evaluations": 0, "schedule": {}, "seconds": {}, "learning_rate": None, "window": [], "in_a_row": 0}
 
 
 @dataclasses.dataclass
@@ -111,7 +111,10 @@ class Loop:
         Raises:  DivergedError: `skip_limit` updates in a row were not finite; the last checkpoint stays.
         """
         settings, self._host = self.settings, {**new_host(), **host}
+        if self._host["watched"] != (watched := [settings.monitor, settings.mode]):  # of another score, the best so far says nothing
+            self._host |= {"watched": watched, "best": None, "bad_evaluations": 0}
         start = at = int(state.step)
+        self._start, self._spent = start, self.clock.seconds["train"] + self.clock.seconds["wait"]
         end = self.step.steps
         stop = min(end, settings.stop_at or end)
         self._pending: list[tuple[int, Metrics]] = []  # still on the device
@@ -228,9 +231,8 @@ class Loop:
         wait = seconds["wait"] / max(seconds["wait"] + seconds["train"], 1e-9)
         self.log.scalars(at, {**self._latest, "learning_rate": rate, "skipped": len(skipped), "data_wait": wait})
         loss = scores.get("loss")
-        self.log.progress(
-            at, f"loss {'-' if loss is None else format(loss, '.4f')}  {at / max(seconds['train'], 1e-9):.1f} steps/s  data wait {wait:.1%}"
-        )
+        speed = (at - self._start) / max(seconds["train"] + seconds["wait"] - self._spent, 1e-9)
+        self.log.progress(at, f"loss {'-' if loss is None else format(loss, '.4f')}  {speed:.1f} steps/s  data wait {wait:.1%}")
         self._check_skips([step for step, _ in window], skipped)
 
     def _check_skips(self, steps: list[int], skipped: list[int]) -> None:

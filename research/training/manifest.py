@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ def write(path: epath.Path, content: dict[str, Any]) -> None:
     Args:    path: the folder.  content: JSON values to keep beside the sha256 of every file, which are added under `files`.
     Raises:  ResearchError: the disk is full or read-only.
     """
-    content = {**content, "files": {file.relative_to(path).as_posix(): _digest(file) for file in _files(path)}}
+    content = {**content, "files": {file.relative_to(path).as_posix(): _digest(file, flush=True) for file in _files(path)}}
     write_json(path / NAME, {**content, "sha256": _seal(content)})
 
 
@@ -32,15 +33,20 @@ def read(path: epath.Path) -> dict[str, Any] | None:
 
 
 def damage(path: epath.Path, content: dict[str, Any]) -> str | None:
-    """The first file that is missing or not as it was sealed; None where all are."""
+    """The first file that is missing, unreadable or not as it was sealed; None where all are."""
     for name, digest in content["files"].items():
-        if not (path / name).exists() or _digest(path / name) != digest:
+        try:
+            if _digest(path / name) != digest:
+                return name
+        except OSError:
             return name
     return None
 
 
-def _digest(path: epath.Path) -> str:
+def _digest(path: epath.Path, flush: bool = False) -> str:
     with path.open("rb") as file:
+        if flush and os.path.exists(path):  # of a local file: a machine that loses its power must not leave a seal on what never reached the disk
+            os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]  # etils says IO; it is a binary file
 
 

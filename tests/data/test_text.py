@@ -5,7 +5,7 @@ import pytest
 
 from research.core.errors import ConfigError, DataError
 from research.data.dataset import open_data
-from research.data.loader import Loader
+from research.data.loader import Loader, whole
 from research.data.preprocess import Preprocessor
 from research.data.text import Windows, python_docs, text
 
@@ -32,9 +32,10 @@ def test_training_windows_start_anywhere_and_an_epoch_covers_the_text_once():
     assert batch["mask"].all()
 
 
-@pytest.mark.parametrize("length", [2, 16, 17, 18, 33, 100])
-def test_evaluation_windows_predict_every_token_but_the_first_exactly_once(length):
-    batches = list(Loader(Windows(np.arange(length, dtype=np.int32), 16, overlap=False), 3, shuffle=False))
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("length", [18, 33, 100])
+def test_a_pass_over_a_split_predicts_every_token_but_the_first_exactly_once(length, overlap):
+    batches = list(whole(Windows(np.arange(length, dtype=np.int32), 16, overlap), 3))
     targets = np.concatenate([batch["target"][batch["mask"]] for batch in batches])
     tokens = np.concatenate([batch["tokens"][batch["mask"]] for batch in batches])
     assert targets.tolist() == list(range(1, length))

@@ -20,6 +20,7 @@ import pytest
 from research.core.errors import CheckpointError, ConfigError
 from research.core.tree import paths, sha256, stack
 from research.core.types import State
+from research.training import manifest
 from research.training.checkpoint import Checkpoints
 from research.training.optimizer import Optimizer
 
@@ -175,6 +176,40 @@ def test_every_file_flipped_truncated_or_missing_falls_back_and_names_it(folder,
                 shutil.rmtree(latest)
                 shutil.copytree(good, latest)
         assert_same(checkpoints.restore("latest", LIKE)[0], state(20))
+
+
+def test_a_reader_of_a_run_that_goes_on_takes_what_its_writer_has_made_meanwhile(folder, monkeypatch):
+    """Between a look at the list and the reading, the writer removes what was listed and adds a newer step."""
+    sound = manifest.damage
+
+    def and_then(path, content):
+        found = sound(path, content)
+        if path.name in ("10", "20"):
+            shutil.rmtree(path)
+            if not (folder / "checkpoints" / "30").exists():
+                with Checkpoints(folder) as writer:
+                    save(writer, 30)
+        return found
+
+    with Checkpoints(folder) as checkpoints:
+        save(checkpoints, 10, 20)
+    monkeypatch.setattr(manifest, "damage", and_then)
+    with Checkpoints(folder, read_only=True) as reader:
+        assert_same(reader.restore("latest", LIKE)[0], state(30))
+
+
+def test_arrays_that_are_not_what_was_saved_are_found_though_every_file_is_sealed(folder):
+    with Checkpoints(folder) as checkpoints:
+        save(checkpoints, 10, 20)
+        path = folder / "checkpoints" / "20"
+        shutil.rmtree(path / "state")
+        shutil.copytree(folder / "checkpoints" / "10" / "state", path / "state")  # as if the library had written other arrays
+        content = manifest.read(path)
+        (path / manifest.NAME).unlink()
+        manifest.write(path, {name: value for name, value in content.items() if name != "files"})
+        with pytest.raises(CheckpointError, match="its arrays are not those that were saved"):
+            checkpoints.restore(20, LIKE)
+        assert int(checkpoints.restore("latest", LIKE)[0].step) == 10
 
 
 def test_where_all_are_damaged_each_is_named(folder):
