@@ -19,6 +19,7 @@ from rich.table import Table
 from research.core import app
 from research.core.errors import CheckpointError, ConfigError, DivergedError, Interrupted, ResearchError, nearest
 from research.core.folder import write_json, write_text
+from research.core.memory import keep_freed_memory
 from research.core.spec import check_spec
 from research.core.tree import count, paths, sha256
 from research.core.types import State
@@ -49,6 +50,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     Args:    config: as `research.compose([...])` gives it.
     Raises:  ResearchError: of the kind that the exit code tells; result.json is written all the same.
     """
+    keep_freed_memory()
     _check(config)
     path, parent = _folder(config)
     with Interrupt().listening(patient=False) as interrupt, run.claimed(path):

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from research.core import folder
 from research.core.errors import ConfigError, Interrupted, ResearchError
+from research.core.memory import keep_freed_memory
 from research.core.nodes import leaves, plain
 from research.core.overrides import COMPOSING, Composer, explain
 
@@ -149,6 +150,7 @@ def _flags(config: DictConfig) -> Iterator[None]:
     """Sets what JAX must know before it makes an array; takes back, at the end, what can be taken back."""
     import jax  # here, so that help and tab completion need not wait for it
 
+    keep_freed_memory()
     debug = config.get("debug") or {}
     with contextlib.ExitStack() as stack:
         if (count := debug.get("cpu_devices")) is not None:
