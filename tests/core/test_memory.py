@@ -28,5 +28,3 @@ def test_a_block_that_is_freed_and_allocated_again_faults_once():
         return int(subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True).stdout)
 
     assert faults("keep") < faults("default") - 10 * (64 << 20) // 4096
-
-
