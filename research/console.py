@@ -12,4 +12,9 @@ def main() -> int:
     name = pathlib.Path(sys.argv[0]).stem.removeprefix("research-")
     if {"-sc", "--shell-completion"} & set(sys.argv):
         return app.main(lambda config: None, name)
-    return importlib.import_module(f"research.{name}").main()
+    try:
+        verb = importlib.import_module(f"research.{name}")
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing had been saved", file=sys.stderr)
+        return 75
+    return verb.main()

@@ -5,7 +5,8 @@ import dataclasses
 import os
 import secrets
 import shlex
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from research.core import app
-from research.core.errors import CheckpointError, ConfigError, DivergedError, Interrupted, ResearchError, nearest
+from research.core.errors import CheckpointError, ConfigError, DataError, DivergedError, Interrupted, ResearchError, nearest
 from research.core.folder import write_json, write_text
 from research.core.memory import keep_freed_memory
 from research.core.spec import check_spec
@@ -64,7 +65,9 @@ def train(config: DictConfig) -> dict[str, Any]:
                 return _nothing_to_do(path)
             return training.run()
         except BaseException as error:
-            if before is None or (training is not None and training.began):  # a refused command leaves the run of before as it is
+            if parent is not None and (training is None or not training.began) and isinstance(error, ConfigError | DataError | CheckpointError):
+                shutil.rmtree(path, ignore_errors=True)  # nobody has chosen its name, and nothing is in it
+            elif before is None or (training is not None and training.began):  # a refused command leaves the run of before as it is
                 _fail(config, path, error)
             if (told := _told(error, path, config)) is not error:
                 raise told from error
@@ -82,6 +85,8 @@ def _check(config: DictConfig) -> None:
     Raises:  ConfigError: naming the value.
     """
     settings(config)
+    if config.checkpoint != "latest" and config.resume != "fork":
+        raise ConfigError(f"checkpoint={config.checkpoint}: only a fork starts from a checkpoint of choice; add resume=fork")
     for name, choices in (("resume", RESUME), ("logger.progress", log.MODES)):
         value = OmegaConf.select(config, name)
         if value not in choices:
@@ -136,13 +141,20 @@ def _is_done(path: epath.Path, steps: int | None) -> bool:
 
 def _again(path: epath.Path, config: DictConfig) -> str:
     """What a person types to go on with this folder; a fork once made is a run like any other."""
-    return f"the same command with run_dir={shlex.quote(os.fspath(path))}{' resume=auto' if config.resume == 'fork' else ''}"
+    changes = [f"run_dir={shlex.quote(os.fspath(path))}"]
+    if config.resume == "fork":
+        changes += ["resume=auto", "checkpoint=latest"]
+    if config.train.stop_at is not None:
+        changes.append("train.stop_at=null")
+    return f"the same command with {' '.join(changes)}"
 
 
 def _told(error: BaseException, path: epath.Path, config: DictConfig) -> BaseException:
     """The error as a person should read it."""
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted(f"interrupted outside training; {_again(path, config)} goes on from the last checkpoint")
+        with Checkpoints(path, read_only=True) as checkpoints:
+            where = "goes on from the last checkpoint" if checkpoints.steps() else "begins anew: nothing had been saved"
+        return Interrupted(f"interrupted outside training; {_again(path, config)} {where}")
     if isinstance(error, OSError):
         return ResearchError(f"{error.filename or os.fspath(path)}: {error.strerror or error}")
     return error
@@ -202,8 +214,8 @@ class Training:
                 checkpoints.save(state, host, best=False)
                 checkpoints.wait()
             self._write_folder()
-            steps = self.assembly.step.steps
-            app.say(f"{count(state.params):,} parameters, steps {start:,} to {steps:,}, on {run.device_name()}")
+            steps, stop_at = self.assembly.step.steps, self.assembly.settings.stop_at
+            app.say(f"{count(state.params):,} parameters, steps {start:,} to {min(steps, stop_at or steps):,}, on {run.device_name()}")
             self.log = log.Log(self.path, start, steps, tensorboard=logger.tensorboard, progress=logger.progress)
             if start == 0 and "image" in self.dataset.spec:
                 self.log.image(0, "examples", sheet(np.asarray(self.loader[0]["image"][:16])))
@@ -252,6 +264,9 @@ class Training:
     def _check_steps(self, at: int) -> None:
         """Refuses another length of the run where the rates up to here would have been other ones."""
         old, new = (self.before or self.config).train.steps, self.assembly.step.steps
+        stop_at = self.assembly.settings.stop_at
+        if stop_at is not None and stop_at <= at < new:
+            raise ConfigError(f"train.stop_at={stop_at}: this run is at step {at} already; give more, or train.stop_at=null to go on to {new}")
         if new < at:
             raise ConfigError(f"train.steps={new}: this run is at step {at} already; give at least that many, or another run_dir")
         if new != old and not same_history(self.assembly.step.schedule, at, old, new):
@@ -365,7 +380,7 @@ class Training:
         Console().print(table)
         app.say(f"{result['status']} at step {result['step']:,}: trained {result['train_s']:.1f} s{speed}, compiled {result['compile_s']:.1f} s")
         if result["expect"]:
-            app.say(f"expected {result['expect']['metric']} in {result['expect']['band']}: {'met' if result['expect']['met'] else 'MISSED'}")
+            app.say(f"expected {_band(**result['expect'])}: {'met' if result['expect']['met'] else 'MISSED'}")
         if getattr(self, "text", None):
             app.say(f"\na sample:\n{self.text}\n")
         folder = shlex.quote(os.fspath(self.path))
@@ -399,6 +414,13 @@ def _expected(expect: DictConfig | None, metrics: Mapping[str, float | None]) ->
     value = metrics.get(expect.metric)
     met = value is not None and (low is None or value >= low) and (high is None or value <= high)
     return {"metric": expect.metric, "band": [low, high], "met": met}
+
+
+def _band(metric: str, band: Sequence[float | None], met: bool) -> str:
+    low, high = band
+    if low is None or high is None:
+        return f"{metric} of at {f'least {low}' if high is None else f'most {high}'}"
+    return f"{metric} from {low} to {high}"
 
 
 def _shapes(tree: Any) -> dict[str, str]:

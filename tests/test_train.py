@@ -392,7 +392,7 @@ def test_a_fork_with_another_model_names_the_leaves(train, command, snapshot):
     assert told.code == 4
     assert "dense_0/bias is (8,) float32 there, (9,) float32 here" in told.err[-1]
     assert snapshot(folder) == before
-    assert [read(fork / "result.json")["status"] for fork in forks(folder)] == ["failed"]
+    assert not forks(folder)
 
 
 @pytest.mark.parametrize(
@@ -514,6 +514,30 @@ def test_two_devices_make_the_same_run_and_one_may_go_on_with_it(train, tmp_path
     assert [launch["devices"]["count"] for launch in read(folder / "environment.json")] == [2, 4, 1]
     for name in ("train/loss", "validation/loss"):
         assert column(folder, name) == pytest.approx(column(alone, name), rel=1e-5)
+
+
+def test_the_best_accuracy_is_the_highest(train):
+    folder = train("train.monitor=validation/accuracy", "train.steps=40")
+    accuracy = column(folder, "validation/accuracy")
+    best = read(folder / "result.json")["best"]
+    assert len(set(accuracy.values())) > 1
+    assert best["value"] == max(accuracy.values())
+
+
+def test_a_stop_that_is_past_is_refused(train, command):
+    folder = train("train.stop_at=10")
+    told = command("train", *MLP, *SHORT, *QUIET, f"run_dir={folder}", "train.stop_at=10")
+    assert told.code == 2
+    assert "train.stop_at=10: this run is at step 10 already; give more, or train.stop_at=null to go on to 20" in told.err[-1]
+    train("train.stop_at=null")
+
+
+def test_a_fork_that_is_refused_leaves_no_folder(train, command):
+    folder = train()
+    for more in ("checkpoint=77", "model.activation=gelu"):
+        told = command("train", "train.steps=30", *QUIET, f"run_dir={folder}", "resume=fork", "model.depth=2", more)
+        assert told.code in (2, 4), told.err
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_a_multirun_makes_a_folder_for_each_job(command, tmp_path, monkeypatch):

@@ -14,10 +14,11 @@ from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.core.utils import setup_globals
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from research.core import folder
+from research.core.direction import direction
 from research.core.errors import ConfigError, nearest
 from research.core.nodes import below_call, descend, is_call, near, plain
 
@@ -39,6 +40,7 @@ class Composer:
 
     def __init__(self, verb: str, conf: str | None = None, extra: str | None = None):
         setup_globals()  # the resolvers ${now:} and ${hydra:}
+        OmegaConf.register_new_resolver("direction", direction, replace=True)
         self.verb = verb
         path = create_config_search_path(conf or str(folder.conf()))
         if extra:

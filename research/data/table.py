@@ -47,7 +47,8 @@ def table(
         rows.column(name)  # a misspelt target is named before anything else
     columns = fitted.spec["columns"] if fitted else [name for name in rows.columns if name not in targets]
     if not columns:
-        raise DataError(f"{rows.path} has no column beside the target {', '.join(targets)}")
+        hint = "; its cells must be separated by commas" if any(mark in name for name in targets for mark in ";\t") else ""
+        raise DataError(f"{rows.path} has no column beside the target {', '.join(targets)}{hint}")
     features = rows.numbers(columns)
     parts = draw(len(rows), seed, validation=validation, test=test)
     spec: dict[str, Any] = {"features": len(columns), "columns": list(columns), "examples": {name: len(part) for name, part in parts.items()}}

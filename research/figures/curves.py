@@ -10,10 +10,10 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from research.core.direction import direction
 from research.figures import style
 
 HEADLINES = ("bits_per_byte", "perplexity", "accuracy", "r2", "mae")  # the first that was evaluated is drawn beside the loss
-RISING = ("accuracy", "r2", "f1", "precision", "recall", "top_")  # higher is better; of everything else lower is
 LOG_RATIO = 50.0  # a loss that spans more than this is drawn on a log scale
 Line = tuple[Float[np.ndarray, "t"], Float[np.ndarray, "t"]]
 
@@ -76,7 +76,7 @@ def _log(values: Float[np.ndarray, "t"]) -> bool:
 def _mark_best(axes: Axes, line: Line, name: str) -> str:
     """A ring around the best point; returns the words for it."""
     steps, values = line
-    best = int(np.nanargmax(values) if name.startswith(RISING) else np.nanargmin(values))
+    best = int(np.nanargmax(values) if direction(name) == "max" else np.nanargmin(values))
     axes.plot(steps[best], values[best], marker="o", markersize=10, markerfacecolor="none", markeredgecolor=style.ORANGE, markeredgewidth=1.8)
     return f"best validation {name.replace('_', ' ')} {values[best]:.4g} at step {steps[best]:,.0f}"
 

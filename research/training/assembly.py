@@ -101,5 +101,7 @@ def assemble(config: DictConfig, *, batches: int | None = None, training: bool =
 
 def _missing(name: str, spec: Mapping[str, Any], objective: str) -> str:
     """What to tell where a name is in neither the batch nor the state's values."""
-    fields = ", ".join(name for name in spec["fields"] if name not in ("mask", "index"))
-    return f"{objective} or its model reads {name!r}, which is no field of the data ({fields}) and is not listed in train.values"
+    fields = [name for name in spec["fields"] if name not in ("mask", "index")]
+    fitting = "language_model" if "tokens" in fields else "classify" if "label" in fields else "regress"
+    hint = f"; for this data: objective={fitting}" if name in ("label", "target", "tokens") else ""
+    return f"{objective} or its model reads {name!r}, which is no field of the data ({', '.join(fields)}) and is not listed in train.values{hint}"

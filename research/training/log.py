@@ -12,11 +12,9 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import summary
 
 from research.core.errors import ConfigError, nearest
 from research.core.folder import plain, write_text
-from research.training.events import Events
 
 FILE = "metrics.jsonl"
 _BINS = 64
@@ -50,7 +48,14 @@ class Log:
         kept = [record for record in read(folder) if record.get("step", 0) <= start]
         write_text(folder / FILE, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = io.FileIO(os.fspath(folder / FILE), "a")
-        self._events = Events(folder, start) if tensorboard else None
+        self._events: Any = None
+        self._summary: Any = None
+        if tensorboard:  # here: tensorboardX loads torch where there is one, which takes seconds
+            from tensorboardX import summary
+
+            from research.training.events import Events
+
+            self._events, self._summary = Events(folder, start), summary
         self._logged: set[str] = set()
         self._bar: Progress | None = None
         if self._mode == "bar":
@@ -72,7 +77,7 @@ class Log:
         self._logged |= record.keys()
         for name, value in record.items():
             if self._events and name not in ("step", "time_s") and value is not None:
-                self._events.add(summary.scalar(name, value), step)
+                self._events.add(self._summary.scalar(name, value), step)
 
     def progress(self, step: int, status: str) -> None:
         """Moves the bar, where there is one."""
@@ -90,25 +95,25 @@ class Log:
             values = np.asarray(array, np.float32).ravel()
             values = values[np.isfinite(values)]
             if self._events and values.size:
-                self._events.add(summary.histogram(name, values, _BINS), step)
+                self._events.add(self._summary.histogram(name, values, _BINS), step)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture (rows, columns, channels) in [0, 255], to TensorBoard."""
         if self._events:
-            self._events.add(summary.image(name, pixels, dataformats="HWC"), step)
+            self._events.add(self._summary.image(name, pixels, dataformats="HWC"), step)
 
     def text(self, step: int, name: str, text: str) -> None:
         """A text, to TensorBoard."""
         if self._events:
-            self._events.add(summary.text(name, text), step)
+            self._events.add(self._summary.text(name, text), step)
 
     def hparams(self, step: int, hyper: Mapping[str, Any], metrics: Mapping[str, float | None]) -> None:
         """The run's settings beside its scores, to TensorBoard's HPARAMS page, which looks for each score among the scalars."""
         scores = {name: value for name, value in plain(metrics).items() if value is not None}
         if self._events and scores:
             settings = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in hyper.items()}
-            final = (summary.scalar(name, value) for name, value in scores.items() if name not in self._logged)
-            for part in (*summary.hparams(settings, scores), *final):
+            final = (self._summary.scalar(name, value) for name, value in scores.items() if name not in self._logged)
+            for part in (*self._summary.hparams(settings, scores), *final):
                 self._events.add(part, step)
 
     def close(self) -> None:

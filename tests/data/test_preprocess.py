@@ -20,6 +20,7 @@ def test_pixels_become_numbers_with_mean_0_and_deviation_1_per_channel(pixels):
 def test_an_image_gets_the_same_bits_alone_and_in_a_batch(pixels):
     preprocessor = Preprocessor({"image": [6, 5, 3]}, None, standardise("image", pixels))
     assert (preprocessor.image(pixels)[7:8] == preprocessor.image(pixels[7:8])).all()
+    assert preprocessor.image(pixels[:0]).shape == (0, *pixels.shape[1:])  # the mistakes of a model that makes none
 
 
 def test_pixels_without_statistics_lie_between_0_and_1(pixels):
