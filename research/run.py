@@ -107,13 +107,21 @@ class Run:
             state, _ = checkpoints.restore(checkpoint, self.assembly.abstract())
         return state
 
+    def frozen(self) -> Tree:
+        """What stands still beside the state; None for most runs.
+
+        Raises:  CheckpointError: it is missing, damaged or another model's.
+        """
+        with Checkpoints(self.path, read_only=True) as checkpoints:
+            return checkpoints.frozen(self.assembly.still())
+
     def weights(self, checkpoint: str | int = "best", which: str = "auto") -> Weights:
         """The weights that evaluate and predict use.
 
         Args:    checkpoint: "best", "latest" or a step.  which: "auto": the running average where the run has one; "raw"; "ema".
         Raises:  ConfigError: "ema" where the run has none.
         """
-        return select(self.assembly, self.state(checkpoint), which)
+        return select(self.assembly, self.state(checkpoint), self.frozen(), which)
 
     def predict(self, batch: Batch, checkpoint: str | int = "best") -> dict[str, np.ndarray]:
         """The model's outputs for a batch that is ready for it: {"logits": ...} or {"value": ...}.
@@ -157,10 +165,10 @@ class Run:
         return self._held[1]
 
 
-def select(assembly: Assembly, state: State, which: str = "auto") -> Weights:
+def select(assembly: Assembly, state: State, frozen: Tree = None, which: str = "auto") -> Weights:
     """The weights of a state that evaluate and predict use.
 
-    Args:    which: "auto": the running average where there is one; "raw"; "ema".
+    Args:    frozen: what stands still beside the state.  which: "auto": the running average where there is one; "raw"; "ema".
     Raises:  ConfigError: "ema" where there is none, or another word.
     """
     if which not in ("auto", "raw", "ema"):
@@ -170,12 +178,14 @@ def select(assembly: Assembly, state: State, which: str = "auto") -> Weights:
         raise ConfigError("weights=ema: this run kept no running average (train.ema is null); use weights=raw")
     raw = average is None or which == "raw" or int(state.step) == 0
     extra = {name: value for name, value in state.extra.items() if name != "skipped"}
-    return Weights(state.params if raw else average, extra, None, state.hyper, int(state.step), "raw" if raw else "ema")
+    return Weights(state.params if raw else average, extra, frozen, state.hyper, int(state.step), "raw" if raw else "ema")
 
 
 def judging(objective: Objective, source: Source) -> Objective:
     """The objective to score a split with: it counts the bytes of that split's own tokens where it reports bits per byte."""
     known: Any = objective
+    if (inner := getattr(known, "objective", None)) is not None:  # a wrapper
+        return dataclasses.replace(known, objective=judging(inner, source))
     if not isinstance(source, Windows) or getattr(known, "bytes_per_token", None) in (None, source.bytes_per_token):
         return objective
     return dataclasses.replace(known, bytes_per_token=source.bytes_per_token)

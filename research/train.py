@@ -17,13 +17,17 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
 
-from research.core import app
+from research.compression.distill import student
+from research.core import app, energy
+from research.core.config import resolved
+from research.core.cost import flops, flops_per_example
 from research.core.errors import CheckpointError, ConfigError, DataError, DivergedError, Interrupted, ResearchError, nearest
 from research.core.folder import write_json, write_text
 from research.core.memory import keep_freed_memory
-from research.core.spec import check_spec
-from research.core.tree import count, paths, sha256
-from research.core.types import State
+from research.core.spec import abstract_batch, check_spec
+from research.core.tree import count, paths, restack, sha256, unstack
+from research.core.types import State, Tree
+from research.data.beside import Beside
 from research.data.dataset import Dataset, open_data
 from research.data.loader import Loader, whole
 from research.data.on_device import place
@@ -31,6 +35,7 @@ from research.data.preprocess import Preprocessor
 from research.figures.curves import curves
 from research.figures.images import sheet
 from research.inference.evaluate import evaluate
+from research.inference.predict import predict
 from research.inference.sample import Sampling
 from research.run import Run, Weights, judging, select, text
 from research.training import log, run
@@ -85,6 +90,7 @@ def _check(config: DictConfig) -> None:
     Raises:  ConfigError: naming the value.
     """
     settings(config)
+    energy.check(OmegaConf.select(config, "logger.energy"))
     if config.checkpoint != "latest" and config.resume != "fork":
         raise ConfigError(f"checkpoint={config.checkpoint}: only a fork starts from a checkpoint of choice; add resume=fork")
     for name, choices in (("resume", RESUME), ("logger.progress", log.MODES)):
@@ -199,9 +205,13 @@ class Training:
         self.assembly: Assembly = assemble(config, batches=len(self.loader))
         with open_dict(config):
             config.train.steps, config.train.epochs = self.assembly.step.steps, None
-        self._drawn = 0
+        self._drawn, self._still = 0, self.assembly.still()
+        self._teacher = _teacher(config, self.assembly.step.objective, self.dataset)
         if config.check:
-            self.assembly.check(self.loader.batch)
+            self.assembly.check(self.loader.batch, self._taught(self._still))
+        if self._teacher is not None and config.teacher.cache:
+            source = place(Beside(self.dataset.split("train"), "teacher", self._answers()))
+            self.loader, self._teacher = Loader(source, config.data.batch, seed=config.seed, parts=parts(config)), None
 
     def run(self) -> dict[str, Any]:
         """result.json's content."""
@@ -211,8 +221,11 @@ class Training:
             state, host = self._start(checkpoints, clock)
             start, self._trained_before = int(state.step), clock.seconds["train"] + clock.seconds["wait"]
             if self.parent is not None:  # before the config, which makes this folder a run that can be resumed
+                checkpoints.save_frozen(self.parent.frozen())
                 checkpoints.save(state, host, best=False)
                 checkpoints.wait()
+            self._kept = checkpoints.frozen(self._still)
+            self.frozen = self._taught(self._kept)
             self._write_folder()
             steps, stop_at = self.assembly.step.steps, self.assembly.settings.stop_at
             app.say(f"{count(state.params):,} parameters, steps {start:,} to {min(steps, stop_at or steps):,}, on {run.device_name()}")
@@ -220,10 +233,26 @@ class Training:
             if start == 0 and "image" in self.dataset.spec:
                 self.log.image(0, "examples", sheet(np.asarray(self.loader[0]["image"][:16])))
             try:
-                outcome = self._loop(checkpoints, clock).run(state, None, host)
+                with energy.measured(logger.get("energy")) as self._energy:
+                    outcome = self._loop(checkpoints, clock).run(state, self.frozen, host)
                 return self._finish(outcome, checkpoints, clock, start)
             finally:
                 self.log.close()
+
+    def _taught(self, frozen: Tree) -> Tree:
+        """What stands still, with the teacher in it where there is one: a run keeps a link to it, not its weights."""
+        objective: Any = self.assembly.step.objective
+        return frozen if self._teacher is None else objective.taught(frozen, *self._teacher)
+
+    def _answers(self) -> np.ndarray:
+        """The teacher's outputs for every example of the training split."""
+        source = self.dataset.split("train")
+        objective: Any = self.assembly.step.objective
+        if hasattr(source, "draws"):
+            raise ConfigError("teacher.cache=true: the examples of this data overlap, so their outputs are too many to keep; use teacher.cache=false")
+        assert self._teacher is not None
+        answers = predict(objective.teacher, *self._teacher, whole(source, max(self.loader.batch, EVALUATION_BATCH)))
+        return next(iter(answers.values()))
 
     def _start(self, checkpoints: Checkpoints, clock: Clock) -> tuple[State, dict[str, Any]]:
         """The state to go on from, and what the host remembers beside it."""
@@ -296,7 +325,10 @@ class Training:
         return Loop(self.assembly.step, settings, parallel, self.loader, checkpoints, self.log, self._validate, clock, tuple(hooks), self.interrupt)
 
     def _validate(self, state: State) -> dict[str, float | None]:
-        return self._scores("validation", select(self.assembly, state))
+        return self._scores("validation", self._weights(state))
+
+    def _weights(self, state: State) -> Weights:
+        return select(self.assembly, state, self.frozen)
 
     def _scores(self, split: str, weights: Weights) -> dict[str, float | None]:
         """The means of a whole split; {} where the data has no such split."""
@@ -310,7 +342,7 @@ class Training:
 
     def _sample(self, state: State, step: int) -> None:
         """A text by the model as it is now, to samples/ and TensorBoard."""
-        self.text = self._text(select(self.assembly, state))
+        self.text = self._text(self._weights(state))
         write_text(self.path / "samples" / f"{step}.txt", self.text)
         self.log.text(step, "sample", self.text)
 
@@ -333,7 +365,7 @@ class Training:
             state, _ = checkpoints.restore("best", self.assembly.abstract())
             if int(state.step) != best["step"]:
                 app.say(f"the best checkpoint, of step {best['step']}, is damaged: the scores are those of step {int(state.step)}")
-        weights = select(self.assembly, state)
+        weights = self._weights(state)
         metrics = {**self._scores("validation", weights), **self._scores("test", weights)} or self._scores("train", weights) if ended else {}
         if self.config.logger.figures:
             curves(log.read(self.path), os.fspath(self.path / "figures" / "curves.png"), title=self.config.name)
@@ -350,8 +382,10 @@ class Training:
             device=run.device_name(),
             peak_bytes=run.peak_bytes(),
             params_sha256=sha256(outcome.state.params),
-            state_sha256=sha256(outcome.state),
+            state_sha256=sha256(outcome.state, self._kept),
             **self._speed(clock, at, start),
+            **self._flops(outcome.state, weights),
+            **self._energy,
         )
         self.log.hparams(at, {**self.assembly.hyper, "seed": self.config.seed, "batch": self.loader.batch}, metrics)
         self.log.close()
@@ -370,6 +404,13 @@ class Training:
         wait = spent["wait"] / max(spent["wait"] + spent["train"], 1e-9)
         times = {"compile_s": spent["compile"], "train_s": spent["train"] + spent["wait"], "data_wait": wait}
         return {**times, "steps_per_s": steps_per_s, "examples_per_s": examples_per_s, "tokens_per_s": tokens_per_s}
+
+    def _flops(self, state: State, weights: Weights) -> dict[str, int]:
+        """Operations for each example: of predicting it, and of its share in an update."""
+        batch, step = self.loader[0], dataclasses.replace(self.assembly.step, axis=None)
+        model = (weights.params, weights.extra, weights.frozen, weights.hyper)
+        update = flops(step, state, self.frozen, batch) // self.loader.batch
+        return {"flops_per_example": flops_per_example(step.objective, model, batch), "train_flops_per_example": update}
 
     def _summary(self, result: Mapping[str, Any]) -> None:
         """What a person wants to know when a run has ended."""
@@ -391,6 +432,43 @@ class Training:
         app.say(f"next: python -m research.evaluate run={folder}")
         predict = 'prompt="…"' if self.dataset.preprocessor.tokenizer else "input=PATH"
         app.say(f"      python -m research.predict run={folder} {predict}")
+
+
+def _teacher(config: DictConfig, objective: Any, dataset: Dataset) -> tuple[Tree, Tree, Tree, Any] | None:
+    """(params, extra, frozen, hyper) of the run that the objective learns from; None where it learns from none. The config then holds its hash.
+
+    Raises:  ConfigError: a teacher is missing, not wanted, or has other outputs.  CheckpointError: its weights are not those of before.
+    """
+    link = config.get("teacher") or {}
+    path = link.get("run")
+    if not hasattr(objective, "taught"):
+        if path:
+            name = type(objective).__name__
+            raise ConfigError(
+                f"teacher.run={path!r}: {name} learns from no teacher; a student is made by research.compress run={path} method=distill"
+            )
+        return None
+    if not path:
+        raise ConfigError("teacher.run=null: distillation needs the run of a teacher")
+    teacher = Run(path)
+    for name in ("classes", "vocabulary", "outputs"):
+        if (there := teacher.spec.get(name)) != (here := dataset.spec.get(name)):
+            raise ConfigError(f"teacher.run={path!r} has other outputs: {name}={there} there, {name}={here} in this run's data")
+    if teacher.tokenizer is not None and teacher.tokenizer.pieces != getattr(dataset.preprocessor.tokenizer, "pieces", None):
+        raise ConfigError(f"teacher.run={path!r} has other outputs: its tokens are not those of this run's data")
+    weights = teacher.weights(link.get("checkpoint", "best"), link.get("weights", "auto"))
+    _, params, frozen = student(resolved(teacher.config), weights.params, weights.frozen)  # a teacher that was a student itself
+    digest = sha256({"params": weights.params, "extra": weights.extra}, weights.frozen)
+    if link.get("sha256") not in (None, digest):
+        raise CheckpointError(f"teacher.run={path!r} holds other weights than teacher.sha256 says: {digest[:12]}… there, {link['sha256'][:12]}… here")
+    with open_dict(config):
+        config.teacher.sha256 = digest
+    like = jax.eval_shape(objective.teacher.init, jax.random.key(0), abstract_batch(dataset.spec, 1))
+    arrays = []
+    for tree, wanted in zip((params, weights.extra), like, strict=True):  # stacked or not, as the config of the student says
+        _require_same(unstack(tree), unstack(wanted), teacher.path)
+        arrays.append(restack(paths(unstack(tree)), wanted))
+    return *arrays, frozen, weights.hyper
 
 
 def _check_batch(batch: int, config: DictConfig) -> None:

@@ -27,6 +27,13 @@ def compilation_cache(tmp_path_factory):
         os.environ[f"JAX_{name.upper()}"] = str(value)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """Lets go of a module's compiled programs: each holds memory maps, of which Linux gives a process 65,530, and dies of the next one."""
+    yield
+    jax.clear_caches()
+
+
 class Told(NamedTuple):
     """What a command leaves with its caller."""
 

@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf, open_dict
 
 from research.core import folder
+from research.core.build import build
 from research.core.config import compose
 from research.core.spec import abstract_batch, fields
 from research.training.assembly import assemble
@@ -33,7 +34,7 @@ MODEL_OPTIONS = {
 
 
 def options(group):
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    return sorted(path.relative_to(CONF / group).with_suffix("").as_posix() for path in (CONF / group).rglob("*.yaml"))
 
 
 def traced(overrides, spec):
@@ -123,4 +124,15 @@ def spec_of(config):
 @pytest.mark.parametrize("group", sorted(path.name for path in CONF.iterdir() if path.is_dir()))
 def test_every_option_of_every_group_composes(group):
     for option in options(group):
-        assert compose([f"{group}={option}"]) is not None
+        assert compose([f"{group}={option}"], verb="compress" if group == "method" else "train") is not None
+
+
+@pytest.mark.parametrize("sparsify", options("sparsify"))
+def test_every_way_to_train_sparsely_takes_a_step(sparsify):
+    traced([f"sparsify={sparsify}", "train.ema=0.99"], IMAGE)
+
+
+@pytest.mark.parametrize("method", [method for method in options("method") if method != "soup"])  # which has no default: the runs to average
+def test_every_method_is_built_from_its_yaml(method):
+    node = compose([f"method={method}"], verb="compress").method
+    assert isinstance(build(node, where="method").trains, bool)

@@ -17,7 +17,7 @@ from research.core.errors import ConfigError, nearest
 from research.core.overrides import explain
 
 ROOMS = ("data", "models", "layers", "losses", "metrics", "objectives", "compression", "explanation")
-ROOMS += tuple(f"training.{file}" for file in ("loop", "muon", "optimizer", "parallel", "schedule"))  # the other files there write to disk
+ROOMS += tuple(f"training.{file}" for file in ("loop", "muon", "optimizer", "parallel", "schedule", "sparsify"))  # no file there that writes
 LIBRARIES = ("optax", "flax.linen", "jax.nn")  # no jax.numpy, which can load pickles
 ALLOWED = (*(f"research.{room}" for room in ROOMS), *LIBRARIES)  # where a target may live
 _PLACES = f"research.{{{','.join(ROOMS)}}}, {', '.join(LIBRARIES)}"

@@ -29,6 +29,7 @@ COMPARED = (  # what makes a resumed run another run; the rest may change
     "train.accumulate",
     "train.precision",
     "train.clip",
+    "train.sparsify",
     "train.ema",
     "train.key",
     "train.values",

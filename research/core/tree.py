@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -102,21 +103,24 @@ def _inside(function, tree):
     return jax.tree_util.tree_unflatten(structure, [function(leaf) for leaf in leaves])
 
 
-def sha256(tree: Tree) -> str:
+def sha256(tree: Tree, frozen: Tree = None) -> str:
     """The hash of a tree's content, independent of scanning, devices and insertion order.
 
     Over leaves sorted by canonical path: path, dtype, shape, then the little-endian bytes; typed keys by their key data.
 
-    Args:    tree: arrays on any device, a State included.
+    Args:    tree: arrays on any device, a State included.  frozen: what stands still beside it; its paths begin with `frozen/`.
     Returns: 64 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    for path, leaf in sorted(paths(unstack(tree)).items()):
+    leaves = paths(unstack(tree)) | {f"frozen/{path}": leaf for path, leaf in paths(unstack(frozen)).items()}
+    for path, leaf in sorted(leaves.items()):
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         array = np.asarray(leaf)
         digest.update(f"{path}\0{array.dtype.name}\0{array.shape}\0".encode())
-        digest.update(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False)).tobytes())
+        if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and sys.byteorder == "big"):
+            array = array.astype(array.dtype.newbyteorder("<"))
+        digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
 

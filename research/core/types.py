@@ -64,6 +64,10 @@ class Objective(Protocol):
         """(params, extra) for a batch of these shapes; runs under `jax.eval_shape` too."""
         ...
 
+    def still(self, key: jax.Array, batch: Batch) -> Tree:
+        """`frozen`, as far as predicting needs it, in shape: what no gradient may see, as quantized kernels. None for most."""
+        ...
+
     def apply(
         self, params: Tree, extra: Tree, frozen: Tree, batch: Batch, key: jax.Array | None, hyper: Hyper, *, train: bool, edits: Edits | None = None
     ) -> tuple[Any, dict[str, Array], Tree]:

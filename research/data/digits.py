@@ -8,10 +8,13 @@ from research.data.preprocess import Preprocessor
 from research.data.split import Share, draw
 
 
-def digits(seed: int = 0, validation: Share = 0.1, test: Share = 0.2, fitted: Preprocessor | None = None) -> Dataset:
+def digits(
+    seed: int = 0, validation: Share = 0.1, test: Share = 0.2, only: tuple[int, ...] | None = None, fitted: Preprocessor | None = None
+) -> Dataset:
     """The digits as images of bytes, split at random.
 
     Args:    seed: of the split.  validation, test: rows, or a share of all rows.
+             only: classes whose examples are kept; null: all.
              fitted: what a run has fitted; null: fit here.
     Raises:  ConfigError: parts that leave nothing to train on.
     Source:  Alpaydin and Kaynak 1998, the test half of the UCI optical digits; pixels 0 to 16 become 0 to 255.
@@ -21,4 +24,4 @@ def digits(seed: int = 0, validation: Share = 0.1, test: Share = 0.2, fitted: Pr
     pixels, labels = map(np.asarray, load_digits(return_X_y=True))
     images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)  # n yx -> n y x c
     rows = draw(len(labels), seed, validation=validation, test=test)
-    return labelled_images({name: (images[r], labels[r]) for name, r in rows.items()}, [str(i) for i in range(10)], rows, fitted)
+    return labelled_images({name: (images[r], labels[r]) for name, r in rows.items()}, [str(i) for i in range(10)], rows, fitted, only)

@@ -28,6 +28,7 @@ def parquet_images(
     label: str = "label",
     seed: int = 0,
     validation: Share = 0.1,
+    only: tuple[int, ...] | None = None,
     fitted: Preprocessor | None = None,
 ) -> Dataset:
     """A data set of `<root>/<name>/{train,test}.parquet`; without that folder, of the Hub, whose files have the same columns.
@@ -36,6 +37,7 @@ def parquet_images(
 
     Args:    root: where named data sets lie.  name: the folder.  hub: the name on the Hub.  shape: of an image; others are resized.
              classes: the names of the classes.  image, label: the columns.  seed: of the split.  validation: rows, or a share.
+             only: numbers of the classes whose examples are kept; null: all.
              fitted: what a run has fitted; null: fit here.
     Raises:  DataError: no such data and no network; a file, image or label that cannot be read.  ConfigError: too large a validation part.
     """
@@ -53,7 +55,7 @@ def parquet_images(
     images, labels = rows("train")
     drawn = draw(len(labels), seed, validation=validation)
     splits = {part: (images[r], labels[r]) for part, r in drawn.items()}
-    return labelled_images({**splits, "test": rows("test")}, classes, drawn, fitted)
+    return labelled_images({**splits, "test": rows("test")}, classes, drawn, fitted, only)
 
 
 def _read(path: epath.Path) -> Any:

@@ -53,6 +53,11 @@ class CNN(nn.Module):
         one_of(self.padding, ("VALID", "SAME"), "padding")
         super().__post_init__()
 
+    @property
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The arguments that say how many units each layer has, one number a layer."""
+        return {"channels": self.channels, "hidden": self.hidden}
+
     @nn.compact
     def __call__(
         self,

@@ -104,6 +104,18 @@ class GPT(nn.Module):
             logits = Projection((self.width,), (self.vocabulary,), SCALE, bias=False, dtype=self.dtype, name="head")(x)
         return tap(self, taps, "logits", logits.astype(jnp.float32)), taps
 
+    @property
+    def sizes(self) -> dict[str, int | tuple[int, ...]]:
+        """The arguments that say how many units each block has, one number a block, and `head_width`, which they no longer imply.
+
+        Query heads that share key heads are not among them: they cannot go one by one.
+        """
+        sizes = _sizes(self)
+        hidden = tuple(size["hidden"] for size in sizes)
+        if any(size["heads"] != size["kv_heads"] for size in sizes):
+            return {"hidden": hidden}
+        return {"heads": tuple(size["heads"] for size in sizes), "hidden": hidden, "head_width": sizes[0]["head_width"]}
+
     @nn.nowrap
     def empty_cache(self, rows: int, length: int) -> dict[str, Any]:
         """The collection `cache` before any token: keys and values of each block, and how many positions each row holds.

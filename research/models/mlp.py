@@ -42,6 +42,11 @@ class MLP(nn.Module):
         check_norm(self.norm)
         super().__post_init__()
 
+    @property
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The arguments that say how many units each layer has, one number a layer."""
+        return {"width": per_block(self.width, self.depth, "width")}
+
     @nn.compact
     def __call__(
         self,

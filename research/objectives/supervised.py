@@ -32,6 +32,10 @@ class Supervised(abc.ABC):
         variables = dict(_init(self.module, key, _input(batch)))
         return variables.pop("params"), variables
 
+    def still(self, key: jax.Array, batch: Batch) -> Tree:
+        """None: all that this model needs is in params and extra."""
+        return None
+
     def apply(
         self, params: Tree, extra: Tree, frozen: Tree, batch: Batch, key: jax.Array | None, hyper: Hyper, *, train: bool, edits: Edits | None = None
     ) -> tuple[Any, dict[str, Array], Tree]:

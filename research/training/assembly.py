@@ -11,7 +11,7 @@ from research.core.build import build
 from research.core.config import split_values
 from research.core.errors import ConfigError, nearest
 from research.core.spec import abstract_batch, zero_batch
-from research.core.types import State
+from research.core.types import State, Tree
 from research.training.loop import Settings
 from research.training.optimizer import Optimizer
 from research.training.parallel import Jit, Parallel, create
@@ -41,14 +41,19 @@ class Assembly:
         """The shapes and dtypes of the state; nothing is computed."""
         return jax.eval_shape(self.step.create, self._key(), abstract_batch(self.spec, 1), self.hyper)
 
-    def check(self, batch: int) -> None:
+    def still(self) -> Tree:
+        """The shapes and dtypes of what stands still beside the state, as far as predicting needs it; None for most runs."""
+        return jax.eval_shape(self.step.objective.still, self._key(), abstract_batch(self.spec, 1))
+
+    def check(self, batch: int, frozen: Tree = None) -> None:
         """Traces one update on abstract values: an error of shapes or types is found before anything is compiled.
 
+        Args:    batch: examples.  frozen: what stands still beside the state.
         Raises:  ConfigError: the objective reads what the data does not have, or `train.monitor` names no metric.
         """
         example = abstract_batch(self.spec, batch // self.parallel.count)
         try:
-            _, metrics = jax.eval_shape(dataclasses.replace(self.step, axis=None), self.abstract(), None, example)
+            _, metrics = jax.eval_shape(dataclasses.replace(self.step, axis=None), self.abstract(), frozen, example)
         except KeyError as error:
             raise ConfigError(_missing(error.args[0], self.spec, type(self.step.objective).__name__)) from error
         names = {*metrics, *self.step.objective.derived(dict.fromkeys(metrics, 1.0))}
@@ -86,9 +91,10 @@ def assemble(config: DictConfig, *, batches: int | None = None, training: bool =
     parallel = build(plain["parallel"], where="parallel") if training else Jit()
     prefix = "optimizer."
     values = tuple(sorted({path.removeprefix(prefix) for path in train.values if path.startswith(prefix)} | {"learning_rate"}))
+    sparsify = None if train.sparsify is None else dataclasses.replace(train.sparsify, steps=train.steps or 1)
     step = Step(
         objective=build(plain["objective"], where="objective"),
-        optimizer=Optimizer.from_config(plain["optimizer"], values=values, clip=train.clip, ema=train.ema),
+        optimizer=Optimizer.from_config(plain["optimizer"], values=values, clip=train.clip, sparsify=sparsify, ema=train.ema),
         schedule=build(plain["schedule"], where="schedule"),
         steps=train.steps or 0,
         accumulate=train.accumulate,

@@ -4,6 +4,7 @@
                          host.json       what the host remembers: best, patience, counts
                          best            an empty file, where this was the best so far
                          manifest.json   written last: sha256 of every other file, shape and dtype of every leaf, state_sha256
+<run>/checkpoints/frozen/                the same for what no step changes, written once; only where a run has such a thing
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -26,10 +28,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from research.core.errors import CheckpointError, ConfigError, nearest
 from research.core.folder import plain
 from research.core.tree import paths, restack, sha256, unstack
-from research.core.types import State
+from research.core.types import State, Tree
 from research.training import manifest
 
-HOST, BEST, ARRAYS, PARTIAL = "host.json", "best", "state", ".partial"
+HOST, BEST, ARRAYS, FROZEN, PARTIAL = "host.json", "best", "state", "frozen", ".partial"
 Kinds = dict[str, tuple[str, tuple[int, ...]]]  # canonical path -> dtype, shape
 _FILES = 1 << 18  # bytes of all that a checkpoint holds beside its arrays, in blocks of a disk
 
@@ -145,7 +147,37 @@ class Checkpoints:
             raise CheckpointError(f"damaged checkpoint: {', '.join(damaged.values())}; and no other to fall back to")
         raise CheckpointError(f"{self.folder} holds no checkpoint")
 
-    def _path(self, step: int) -> epath.Path:
+    def save_frozen(self, frozen: Tree) -> None:
+        """Writes what no step changes, once, before the first checkpoint; nothing where there is nothing.
+
+        Raises:  CheckpointError: it cannot be written; the message names its path.
+        """
+        if self._read_only:
+            raise ValueError(f"{self.folder} was opened for reading")
+        if leaves := _host_copy(frozen):
+            with self._writing(FROZEN):
+                self._replace(FROZEN, leaves, {"state_sha256": sha256(leaves), "tree": _kinds(frozen)}, {})
+
+    def frozen(self, like: Tree) -> Tree:
+        """What no step changes, verified as a checkpoint is; `like` itself where it holds no array.
+
+        Args:    like: its structure, shapes and dtypes.
+        Raises:  CheckpointError: it is not there, damaged, or another model's; nothing else can take its place.
+        """
+        if not jax.tree.leaves(like):
+            return like
+        path = self._path(FROZEN)
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing: this model needs what was frozen when the run was made")
+        bad = self._damage(FROZEN, _kinds(like))
+        if bad is None:
+            try:
+                return self._arrays(FROZEN, like)
+            except _UnreadableError as error:
+                bad = str(error)
+        raise CheckpointError(f"damaged checkpoint: {path} ({bad}); and no other to fall back to")
+
+    def _path(self, step: int | str) -> epath.Path:
         return self.folder / str(step)
 
     def _order(self, which: str | int) -> list[int]:
@@ -161,7 +193,7 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint={which}: {self.folder} has no such step{nearest(str(which), map(str, steps))}")
         return [which]
 
-    def _damage(self, step: int, expected: Kinds) -> str | None:
+    def _damage(self, step: int | str, expected: Kinds) -> str | None:
         """The first bad file of a checkpoint; None where all are as they were written.
 
         Raises:  CheckpointError: it is whole, and another model's.
@@ -175,44 +207,60 @@ class Checkpoints:
 
     def _read(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
         """A checkpoint whose files are as they were written; that what they say is what was saved is seen here, from end to end."""
+        try:
+            host = json.loads((self._path(step) / HOST).read_text())
+        except (OSError, ValueError) as error:
+            raise _UnreadableError(f"cannot be read: {_reason(error)}") from error
+        return self._arrays(step, like), host
+
+    def _arrays(self, step: int | str, like: Tree) -> Tree:
         path = self._path(step)
         stored = {name: _stored(leaf) for name, leaf in _abstract(like).items()}
         try:
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
                 arrays = orbax.restore(path / ARRAYS, args=ocp.args.StandardRestore(_nested(stored)))
-            host = json.loads((path / HOST).read_text())
         except Exception as error:  # pages of TensorStore's text
             raise _UnreadableError(f"cannot be read: {_reason(error)}") from error
         leaves = {**stored, **flatten_dict(arrays, sep="/")}
         if (content := manifest.read(path)) is None or sha256(leaves) != content["state_sha256"]:
             raise _UnreadableError("its arrays are not those that were saved")
-        return jax.tree.map(_placed, restack(leaves, like), like), host
+        return jax.tree.map(_placed, restack(leaves, like), like)
 
     def _write(self, step: int, leaves: dict[str, np.ndarray], kinds: Kinds, host: str, best: bool) -> None:
         """One checkpoint, in the background thread."""
-        path = self._path(step)
-        part = self.folder / f"{step}{PARTIAL}"
-        try:
+        with self._writing(str(step)):
             for later in reversed(self.steps()):
                 if later > step:
                     _remove(self._path(later))
-            _remove(part)
-            part.mkdir(parents=True)
-            _require_space(part, leaves)
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
-                orbax.save(part / ARRAYS, args=ocp.args.StandardSave(_nested(leaves)))
-            (part / HOST).write_text(host)
-            if best:
-                (part / BEST).touch()
-            manifest.write(part, {"step": step, "state_sha256": sha256(leaves), "tree": kinds})
-            _remove(path)
-            part.rename(path)
+            files = {HOST: host} | ({BEST: ""} if best else {})
+            self._replace(str(step), leaves, {"step": step, "state_sha256": sha256(leaves), "tree": kinds}, files)
             self._prune()
+
+    def _replace(self, name: str, leaves: dict[str, np.ndarray], content: dict[str, Any], files: Mapping[str, str]) -> None:
+        """Writes a sealed folder of arrays and small files under another name, and renames it when it is whole."""
+        path, part = self.folder / name, self.folder / f"{name}{PARTIAL}"
+        _remove(part)
+        part.mkdir(parents=True)
+        _require_space(part, leaves)
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
+            orbax.save(part / ARRAYS, args=ocp.args.StandardSave(_nested(leaves)))
+        for file, text in files.items():
+            (part / file).write_text(text)
+        manifest.write(part, content)
+        _remove(path)
+        part.rename(path)
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Names the path in whatever goes wrong, and takes back what is half written."""
+        part = self.folder / f"{name}{PARTIAL}"
+        try:
+            yield
         except Exception as error:
             with contextlib.suppress(OSError):  # the disk that refused the checkpoint may refuse this too; the next writer cleans
                 if not (part / manifest.NAME).exists():  # a whole one may be all that is left of this step
                     _remove(part)
-            raise CheckpointError(f"cannot write checkpoint {path}: {_reason(error)}; earlier checkpoints stay") from error
+            raise CheckpointError(f"cannot write checkpoint {self.folder / name}: {_reason(error)}; earlier checkpoints stay") from error
 
     def _prune(self) -> None:
         """Removes what nobody asked to keep."""
@@ -243,21 +291,21 @@ def _period(keep: str) -> int:
     return 1 if keep == "all" else 0
 
 
-def _host_copy(state: State) -> dict[str, np.ndarray]:
+def _host_copy(tree: Tree) -> dict[str, np.ndarray]:
     """Canonical path -> a copy in host memory; `np.asarray` would show, on CPU, the very buffer that the next step overwrites."""
-    raw = jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
+    raw = jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
     for leaf in jax.tree.leaves(raw):
         if isinstance(leaf, jax.Array):
             leaf.copy_to_host_async()
     return {path: np.asarray(leaf) for path, leaf in paths(unstack(jax.tree.map(np.array, raw))).items()}
 
 
-def _abstract(tree: State) -> dict[str, jax.ShapeDtypeStruct]:
+def _abstract(tree: Tree) -> dict[str, jax.ShapeDtypeStruct]:
     """Canonical path -> what lies there."""
     return paths(unstack(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)))
 
 
-def _kinds(tree: State) -> Kinds:
+def _kinds(tree: Tree) -> Kinds:
     """Canonical path -> (dtype, shape) of arrays or abstract values; a typed key has a dtype of its own, as key<fry>."""
     return {path: (str(leaf.dtype), tuple(leaf.shape)) for path, leaf in sorted(_abstract(tree).items())}
 

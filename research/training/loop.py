@@ -15,6 +15,7 @@ from research.training.clock import Clock
 from research.training.interrupt import Interrupt
 from research.training.log import Log
 from research.training.parallel import Parallel
+from research.training.sparsify import Sparsify
 from research.training.step import Metrics, Step, means
 
 _SYNCHRONISE = 10  # fake CPU devices deadlock after some 300 all-reduces that nobody waited for
@@ -38,6 +39,7 @@ class Settings:
     accumulate: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     clip: float | None = None
+    sparsify: Sparsify | None = None
     ema: float | None = None
     values: tuple[str, ...] = ("optimizer.learning_rate",)
     skip_limit: int = 10

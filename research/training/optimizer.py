@@ -16,6 +16,7 @@ from research.core.build import build, thaw
 from research.core.errors import ConfigError, nearest
 from research.core.tree import STACKED, map_paths, matches, paths
 from research.core.types import Hyper, Tree
+from research.training.sparsify import Masks, Sparsify
 
 _NOT_NEGATIVE = ("learning_rate", "weight_decay", "weight_decay_rate", "eps", "eps_root")
 _SHARES = ("momentum", "b1", "b2", "decay")  # decay rates of running averages: in [0, 1)
@@ -34,6 +35,7 @@ class OptimizerState(NamedTuple):
     hyperparams: dict[str, Float[Array, ""]]  # the values of the last update, so that a checkpoint tells its step's learning rate
     inner: Tree  # the optax state
     average: Average | None
+    masks: Masks | None = None  # which weights live, where that is restricted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +50,16 @@ class Optimizer:
 
     Args:    factory: returns an `optax.GradientTransformation`.  arguments: its constant arguments as sorted pairs.
              values: the names of its arguments that are given at each update; always holds "learning_rate".
-             clip: largest global norm of the gradient; None: no clipping.  ema: decay of the running average of the weights; None: none.
+             clip: largest global norm of the gradient; None: no clipping.
+             sparsify: which weights live; the others are exactly zero after each update. None: all.
+             ema: decay of the running average of the weights; None: none.
     """
 
     factory: Callable[..., optax.GradientTransformation]
     arguments: tuple[tuple[str, Any], ...] = ()
     values: tuple[str, ...] = ("learning_rate",)
     clip: float | None = None
+    sparsify: Sparsify | None = None
     ema: float | None = None
 
     def __post_init__(self):
@@ -66,7 +71,12 @@ class Optimizer:
 
     @classmethod
     def from_config(
-        cls, node: Mapping[str, Any], values: tuple[str, ...] = ("learning_rate",), clip: float | None = None, ema: float | None = None
+        cls,
+        node: Mapping[str, Any],
+        values: tuple[str, ...] = ("learning_rate",),
+        clip: float | None = None,
+        sparsify: Sparsify | None = None,
+        ema: float | None = None,
     ) -> "Optimizer":
         """The optimizer that a config node describes.
 
@@ -78,7 +88,7 @@ class Optimizer:
         for name in values:
             if name not in known:
                 raise ConfigError(f"optimizer.{name}: {partial.func.__name__} takes no {name!r}{nearest(name, known)}")
-        optimizer = cls(partial.func, tuple(sorted(partial.keywords.items())), tuple(values), clip, ema)
+        optimizer = cls(partial.func, tuple(sorted(partial.keywords.items())), tuple(values), clip, sparsify, ema)
         try:
             made = optimizer._transform(dict.fromkeys(values, 0.0))
         except (TypeError, ValueError) as error:
@@ -99,7 +109,8 @@ class Optimizer:
         """The state before the first update."""
         zeros = {name: jnp.zeros((), jnp.float32) for name in self.values}
         inner = _per_layer(self._transform(zeros).init, params)
-        return OptimizerState(zeros, inner, None if self.ema is None else Average(jnp.zeros((), jnp.int32), params))
+        average = None if self.ema is None else Average(jnp.zeros((), jnp.int32), params)
+        return OptimizerState(zeros, inner, average, None if self.sparsify is None else self.sparsify.init(params))
 
     def update(self, grads: Tree, opt: OptimizerState, params: Tree, hyper: Hyper, learning_rate: Float[Array, ""]) -> tuple[Tree, OptimizerState]:
         """(updates to add to the parameters, the next state).
@@ -107,10 +118,18 @@ class Optimizer:
         Args:    hyper: holds the other names of `values`.  learning_rate: this update's rate, schedule included.
         """
         values = {name: learning_rate if name == "learning_rate" else hyper[name] for name in self.values}
+        masks = None if self.sparsify is None or opt.masks is None else self.sparsify.update(opt.masks, grads, params)
+        if masks is not None:
+            grads = masks.keep(grads)  # moments and norms are those of a model that has no other weights
         if self.clip is not None:
             grads, _ = optax.clip_by_global_norm(self.clip).update(grads, optax.EmptyState())
         updates, inner = _per_layer(self._transform(values).update, grads, opt.inner, params)
-        return updates, OptimizerState(values, inner, self._averaged(opt.average, optax.apply_updates(params, updates)))
+        if masks is not None:
+            updates = masks.land(updates, params)
+        average = self._averaged(opt.average, optax.apply_updates(params, updates))
+        if masks is not None and average is not None:
+            average = average._replace(params=masks.keep(average.params))  # it still holds what has gone by now
+        return updates, OptimizerState(values, inner, average, masks)
 
     def average(self, opt: OptimizerState) -> Tree | None:
         """The running average of the weights, shaped as the parameters; None where there is none."""

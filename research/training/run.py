@@ -127,6 +127,7 @@ def write_result(path: epath.Path, **values: Any) -> dict[str, Any]:
     """Writes result.json: every key of the house is there, a missing number is null."""
     keys = ("status", "reason", "experiment", "step", "params", "metrics", "best", "expect", "compile_s", "train_s", "steps_per_s")
     keys += ("examples_per_s", "tokens_per_s", "data_wait", "peak_bytes", "device", "params_sha256", "state_sha256")
+    keys += ("flops_per_example", "train_flops_per_example", "energy_kwh", "co2_g", "energy_method")
     result = dict.fromkeys(keys) | values
     write_json(path / RESULT, result)
     return result

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import jax
 
 from research.core.tree import count
+from research.core.types import Tree
 from research.training.assembly import Assembly
 from research.training.clock import Clock
 from research.training.loop import Batches
@@ -19,10 +20,11 @@ class Timer:
     """A run's training step with its state and its batches, to be timed block by block.
 
     Args:    assembly: the step and what is around it.  batches: the loader of the training split.  steps: that will be asked for in all.
+             frozen: what stands still beside the state.
     """
 
-    def __init__(self, assembly: Assembly, batches: Batches, steps: int):
-        self._clock, self._every = Clock(), assembly.settings.log_every
+    def __init__(self, assembly: Assembly, batches: Batches, steps: int, frozen: Tree = None):
+        self._clock, self._every, self._frozen = Clock(), assembly.settings.log_every, frozen
         with self._clock.span("start"):
             state = assembly.state()
             self.parameters = count(state.params)
@@ -47,7 +49,7 @@ class Timer:
         """Steps per second where results are looked at as rarely as in training, every `train.log_every` steps."""
         start = time.perf_counter()
         for step in range(1, steps + 1):
-            self._state, metrics = self._train(self._state, None, next(self._batches))
+            self._state, metrics = self._train(self._state, self._frozen, next(self._batches))
             if step % self._every == 0:
                 jax.block_until_ready(metrics)
         jax.block_until_ready(self._state)
@@ -57,7 +59,7 @@ class Timer:
         start = time.perf_counter()
         batch = next(self._batches)
         fetched = time.perf_counter()
-        self._state, metrics = self._train(self._state, None, batch)
+        self._state, metrics = self._train(self._state, self._frozen, batch)
         jax.block_until_ready((self._state, metrics))
         return time.perf_counter() - start, fetched - start
 

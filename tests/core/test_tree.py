@@ -131,3 +131,10 @@ def test_any_pytree_node_is_walked_and_keeps_its_static_parts():
     stacked = tree.stack([node])
     assert (set(stacked[0].inner), stacked[0].fixed) == ({"blocks"}, 5)
     same(tree.unstack(stacked), [node])
+
+
+def test_the_hash_knows_what_is_frozen():
+    params, frozen = {"kernel": np.ones(3, np.float32)}, {"base": np.arange(4, dtype=jnp.int4)}
+    assert tree.sha256(params) == tree.sha256(params, None)
+    assert len({tree.sha256(params), tree.sha256(params, frozen), tree.sha256(params, {"base": -frozen["base"]})}) == 3
+    assert tree.sha256(params, frozen) == tree.sha256({**params, "frozen": frozen})

@@ -1,5 +1,7 @@
 import numpy as np
+import pytest
 
+from research.core.errors import ConfigError
 from research.data.digits import digits
 
 
@@ -19,3 +21,14 @@ def test_pixels_span_the_bytes_and_labels_are_balanced():
     assert raw["image"].min() == 0
     assert raw["image"].max() == 255
     assert np.bincount(raw["label"], minlength=10).min() > 100
+
+
+def test_some_classes_only():
+    every, some = digits(), digits(only=(5, 6))
+    assert some.spec["outputs"] == 10
+    for name in ("train", "validation", "test"):
+        labels = some.splits[name].raw["label"]
+        assert set(labels.tolist()) == {5, 6}
+        assert len(labels) == np.isin(every.splits[name].raw["label"], (5, 6)).sum() == len(some.indices[name])
+    with pytest.raises(ConfigError, match=r"data\.only: 10 is no class; they are numbered 0 to 9"):
+        digits(only=(10,))

@@ -312,6 +312,32 @@ def test_a_relative_folder_is_made_absolute_at_once(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "checkpoints" / "1" / "manifest.json").exists()
 
 
+FROZEN = {"dense_0": {"kernel": {"values": jnp.arange(-8, 8, dtype=jnp.int4).reshape(4, 4), "scale": jnp.ones(4)}}, "empty": None}
+
+
+def test_what_is_frozen_is_written_once_and_verified(folder):
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.frozen(None) is None
+        with pytest.raises(CheckpointError, match="frozen is missing"):
+            checkpoints.frozen(FROZEN)
+        checkpoints.save_frozen(FROZEN)
+        save(checkpoints, 1, 2, 3)
+        assert checkpoints.steps() == [2, 3]
+        read = checkpoints.frozen(jax.eval_shape(lambda: FROZEN))
+        assert jax.tree.structure(read) == jax.tree.structure(FROZEN)
+        for new, old in zip(jax.tree.leaves(read), jax.tree.leaves(FROZEN), strict=True):
+            assert new.dtype == old.dtype
+            np.testing.assert_array_equal(np.asarray(new), np.asarray(old))
+        with pytest.raises(CheckpointError, match="another model"):
+            checkpoints.frozen({"dense_0": {"kernel": jnp.zeros(3)}})
+    for file in [path for path in (folder / "checkpoints" / "frozen").rglob("*") if path.is_file()]:
+        content = file.read_bytes()
+        file.write_bytes(content + b"x")
+        with Checkpoints(folder, read_only=True) as checkpoints, pytest.raises(CheckpointError, match=r"damaged checkpoint: .*frozen \("):
+            checkpoints.frozen(FROZEN)
+        file.write_bytes(content)
+
+
 def test_wrong_words_and_empty_folders_are_refused_by_name(folder):
     for keep in ("some", "every:0", "every:x", "every"):
         with pytest.raises(ConfigError, match=f"train.keep='{keep}'"):
