@@ -6,7 +6,7 @@ import os
 import secrets
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -421,7 +421,7 @@ class Training:
         Console().print(table)
         app.say(f"{result['status']} at step {result['step']:,}: trained {result['train_s']:.1f} s{speed}, compiled {result['compile_s']:.1f} s")
         if result["expect"]:
-            app.say(f"expected {_band(**result['expect'])}: {'met' if result['expect']['met'] else 'MISSED'}")
+            app.say(f"expected {_band(result['expect'])}: {'met' if result['expect']['met'] else 'MISSED'}")
         if getattr(self, "text", None):
             app.say(f"\na sample:\n{self.text}\n")
         folder = shlex.quote(os.fspath(self.path))
@@ -494,8 +494,9 @@ def _expected(expect: DictConfig | None, metrics: Mapping[str, float | None]) ->
     return {"metric": expect.metric, "band": [low, high], "met": met}
 
 
-def _band(metric: str, band: Sequence[float | None], met: bool) -> str:
-    low, high = band
+def _band(expect: Mapping[str, Any]) -> str:
+    """The band in words."""
+    metric, (low, high) = expect["metric"], expect["band"]
     if low is None or high is None:
         return f"{metric} of at {f'least {low}' if high is None else f'most {high}'}"
     return f"{metric} from {low} to {high}"

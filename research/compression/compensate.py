@@ -8,8 +8,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from research.core.errors import ConfigError
+
 Decide = Callable[[Int[Array, ""], Float[Array, "g o"]], Any]
 Rule = Callable[[Any, Int[Array, ""], Float[Array, "o"]], Float[Array, "o"]]
+
+
+def check(block: int, damp: float) -> None:
+    """Refuses settings that no compensation can use.
+
+    Raises:  ConfigError: naming the setting and what it must be.
+    """
+    if block < 1:
+        raise ConfigError(f"method.block={block}: must be at least 1")
+    if damp < 0:
+        raise ConfigError(f"method.damp={damp}: must not be negative, as 0.01")
 
 
 def inverse_cholesky(hessian: Float[Array, "i i"], damp: float = 0.01) -> Float[Array, "i i"]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
-from research.compression.subject import Subject, moved, put
+from research.compression.subject import Subject, exchanged, moved, put
 from research.core.build import build, thaw
 from research.core.config import split_values
 from research.core.errors import ConfigError
@@ -77,7 +77,7 @@ class Distill:
         old, asked = config["model"], _plain(thaw(self.student or ())) or {}
         model = {name: old[name] for name in _SHARED if name in old} | asked if "_target_" in asked else {**old, **asked}
         build(split_values({**config, "model": model})[0]["model"], where="method.student")
-        return {**config, "model": model, "objective": _exchanged(node, old, model)}
+        return {**config, "model": model, "objective": exchanged(node, old, model)}
 
 
 def copied(params: Tree, teacher: Tree, blocks: tuple[tuple[int, int], ...] = ()) -> Tree:
@@ -129,13 +129,6 @@ def student(config: Mapping[str, Any], params: Tree, frozen: Tree) -> tuple[dict
     plain = {**config, "objective": config["objective"]["objective"], "teacher": None}
     plain["train"] = moved(config["train"], "objective.objective.", "objective.")
     return plain, {name: value for name, value in params.items() if name != PROJECTIONS}, frozen["student"]
-
-
-def _exchanged(node: Any, old: Any, new: Any) -> Any:
-    """The node with every node that equals `old` replaced by `new`."""
-    if node == old:
-        return new
-    return {name: _exchanged(value, old, new) for name, value in node.items()} if isinstance(node, Mapping) else node
 
 
 def _plain(value: Any) -> Any:

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from research.compression.codes import Grid, encode, number_format, scales
-from research.compression.compensate import compensate, inverse_cholesky
+from research.compression.compensate import check, compensate, inverse_cholesky
 from research.compression.linear import Linear, Moments
 from research.compression.quantize import Quantization, blocks
-from research.core.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,10 +50,7 @@ class GPTQ(Calibrated):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.block < 1:
-            raise ConfigError(f"method.block={self.block}: must be at least 1")
-        if self.damp < 0:
-            raise ConfigError(f"method.damp={self.damp}: must not be negative, as 0.01")
+        check(self.block, self.damp)
 
     def codes(self, layer: Linear, matrix: Float[Array, "i o"], group: int | None, seen: Moments | None) -> dict[str, Array]:
         """The matrix rounded so that its product with the data stays near."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from research.compression.compensate import compensate, inverse_cholesky
+from research.compression.compensate import check, compensate, inverse_cholesky
 from research.compression.linear import Linear, Moments, moments
 from research.compression.subject import Subject, get, put
 from research.core.errors import ConfigError
@@ -321,10 +321,7 @@ class SparseGPT(Calibrated):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.block < 1:
-            raise ConfigError(f"method.block={self.block}: must be at least 1")
-        if self.damp < 0:
-            raise ConfigError(f"method.damp={self.damp}: must not be negative, as 0.01")
+        check(self.block, self.damp)
 
     def pruned(self, matrix: Float[Array, "i o"], seen: Moments, sparsity: float) -> Float[Array, "i o"]:
         """The matrix with zeros; what stays has changed."""

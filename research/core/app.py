@@ -193,7 +193,7 @@ def _own_logging() -> Iterator[None]:
     Some libraries add a handler of their own when they are imported; and configuring closes every handler that logging knows of, upon which
     absl's closes the stream below it.
     """
-    root, known = logging.getLogger(), logging._handlerList  # type: ignore[attr-defined]
+    root, known = logging.getLogger(), logging._handlerList  # type: ignore[attr-defined]  # private: logging has no other list of them
     handlers, level, all_handlers = root.handlers[:], root.level, known[:]
     known.clear()
     terminal = logging.StreamHandler()
