@@ -17,15 +17,15 @@ from rich.console import Console
 from research.compression import ledger
 from research.compression.distill import student, taught
 from research.compression.prune import STATIC
-from research.compression.subject import Subject, remodelled
+from research.compression.subject import Subject
 from research.core import app
 from research.core.build import build
-from research.core.config import compose, resolved
+from research.core.config import compose, resolved, unscanned
 from research.core.errors import CheckpointError, ConfigError, nearest
 from research.core.folder import read_json, write_json
 from research.core.spec import check_spec
 from research.core.tree import count, paths, sha256, unstack
-from research.data.dataset import Dataset, open_data
+from research.data.dataset import Dataset
 from research.data.loader import Loader, whole
 from research.evaluate import SHAPES
 from research.inference.batches import padded
@@ -50,7 +50,7 @@ def compress(config: DictConfig) -> dict[str, Any]:
     parent, stages = Run(config.run), _stages(config)
     name = "-".join(stage.replace("/", "_") for stage, _ in stages)
     path = epath.Path(config.run_dir or run.new_path(config.paths.runs, f"{parent.config.name}-{name}"))
-    dataset = open_data(_data(config, parent), parent.preprocessor)
+    dataset = parent.dataset(config.data)
     check_spec({name: parent.spec[name] for name in SHAPES if name in parent.spec}, dataset.spec, f"{os.fspath(parent.path)}: data.spec")
     source, reports = parent, []
     for i, (name, node) in enumerate(stages):
@@ -140,9 +140,9 @@ class Stage:
             raise ConfigError(f"calibration.batch={asked.batch} must divide calibration.examples={asked.examples}")
         loader = Loader(split, asked.batch, seed=asked.seed)
         batches = [loader[i] for i in range(asked.examples // asked.batch)]
-        config = {**resolved(parent.config), "data": {**resolved(_data(self.config, parent)), "spec": resolved(self.dataset.spec)}}
-        if config["model"].get("scan"):  # layer by layer: a compressed one need not have its neighbours' form
-            config = remodelled(config, scan=False)
+        config = unscanned(
+            {**resolved(parent.config), "data": {**resolved(parent.data_config(self.config.data)), "spec": resolved(self.dataset.spec)}}
+        )
         others = [unstack(Run(path).weights().params) for path in self.node.get("runs", ())]
         config, params, frozen = student(config, unstack(weights.params), weights.frozen)
         arrays = params, unstack(weights.extra), frozen, weights.hyper
@@ -229,20 +229,6 @@ def _stages(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
                 raise ConfigError(f"pipeline: {name} has no setting {setting!r}{nearest(setting, node)}")
         stages.append((name, {**node, **settings}))
     return stages
-
-
-def _data(config: DictConfig, parent: Run) -> DictConfig:
-    """The config of the run's own data, with what the command changes of it.
-
-    Raises:  ConfigError: a key that the run's data does not have.
-    """
-    for name in config.data:
-        if name not in parent.config.data:
-            raise ConfigError(f"data.{name}: the run's data has no such key{nearest(str(name), map(str, parent.config.data))}")
-    node = OmegaConf.merge(parent.config.data, config.data)
-    assert isinstance(node, DictConfig)
-    node.spec = {}  # other classes, or another file, may have other numbers of examples
-    return node
 
 
 def _measured(config: DictConfig, parent: Run, child: Run, dataset: Dataset) -> dict[str, Any]:

@@ -13,10 +13,9 @@ from rich.table import Table
 
 from research.compression.ledger import bit_width
 from research.compression.linear import Model, linear_layers
-from research.compression.subject import remodelled
 from research.core import app
 from research.core.build import build
-from research.core.config import resolved, split_values
+from research.core.config import resolved, split_values, unscanned
 from research.core.cost import cost
 from research.core.errors import ConfigError, DataError
 from research.core.folder import write_json
@@ -81,7 +80,7 @@ def _run(config: DictConfig) -> tuple[dict[str, Any], Spec, Model, dict[str, Any
     model = (unstack(weights.params), unstack(weights.extra), unstack(weights.frozen), weights.hyper)
     facts = {"of": os.fspath(run.path), "step": weights.step, "weights": weights.kind}
     recorded = {name: run.result[name] for name in RECORDED if run.result.get(name) is not None}
-    return _unscanned(resolved(run.config)), run.spec, model, {**facts, **recorded}
+    return unscanned(resolved(run.config)), run.spec, model, {**facts, **recorded}
 
 
 def _experiment(config: DictConfig) -> tuple[dict[str, Any], Spec, None, dict[str, Any]]:
@@ -97,11 +96,7 @@ def _experiment(config: DictConfig) -> tuple[dict[str, Any], Spec, None, dict[st
     with open_dict(config):
         config.data.spec = dict(spec)
         config.train.steps = config.train.steps or 1  # how long it would be trained does not matter here
-    return _unscanned(resolved(config)), spec, None, {"of": config.name}
-
-
-def _unscanned(tree: dict[str, Any]) -> dict[str, Any]:
-    return remodelled(tree, scan=False) if tree["model"].get("scan") else tree
+    return unscanned(resolved(config)), spec, None, {"of": config.name}
 
 
 def _rows(tree: Mapping[str, Any]) -> int:

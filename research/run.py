@@ -3,19 +3,25 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from research.core.build import build
+from research.core.config import resolved, split_values, unscanned
 from research.core.errors import ConfigError, nearest
+from research.core.tree import unstack
 from research.core.types import Batch, Hyper, Objective, State, Tree
-from research.data.dataset import Source
+from research.data.dataset import Dataset, Source, open_data
 from research.data.preprocess import Preprocessor
 from research.data.text import Windows
 from research.data.tokenizers import Tokenizer
+from research.explanation import methods
+from research.explanation.model import Model, examples
+from research.explanation.result import Result
 from research.inference.decode import generate, start_token
 from research.inference.predict import predict
 from research.inference.sample import Sampling
@@ -53,6 +59,7 @@ class Run:
             raise ConfigError(f"run={os.fspath(self.path)!r} is no run folder: it holds no {run.CONFIG}{_nearest_run(self.path)}")
         self.config: DictConfig = saved
         self._held: tuple[Any, Weights] | None = None
+        self._model: tuple[Any, Model] | None = None
 
     def __repr__(self) -> str:
         return f"Run({os.fspath(self.path)!r})"
@@ -122,6 +129,65 @@ class Run:
         Raises:  ConfigError: "ema" where the run has none.
         """
         return select(self.assembly, self.state(checkpoint), self.frozen(), which)
+
+    def dataset(self, changes: Mapping[str, Any] | None = None) -> Dataset:
+        """The run's own data, read with its tokenizer and statistics; of all that is here, this alone needs more than the run folder.
+
+        Args:    changes: keys of the run's data config that differ here, as {"root": FOLDER} where the files have moved.
+        Raises:  ConfigError: a key that the run's data does not have.  DataError: data that is missing, or not what the run was trained on.
+        """
+        return open_data(self.data_config(changes), self.preprocessor)
+
+    def data_config(self, changes: Mapping[str, Any] | None = None) -> DictConfig:
+        """The config of the run's own data, with these keys changed; its spec is left open, since other data may have other numbers of examples.
+
+        Raises:  ConfigError: a key that the run's data does not have.
+        """
+        for name in changes or {}:
+            if name not in self.config.data:
+                raise ConfigError(f"data.{name}: the run's data has no such key{nearest(str(name), map(str, self.config.data))}")
+        node = OmegaConf.merge(self.config.data, dict(changes or {}))
+        assert isinstance(node, DictConfig)
+        node.spec = {}
+        return node
+
+    def model(self, checkpoint: str | int = "best", which: str = "auto", *, data: Mapping[str, Any] | None = None) -> Model:
+        """The trained model as explanation sees it, each block on its own.
+
+        Args:    checkpoint, which: as of `weights`.  data: as `changes` of `dataset`, which is opened only when a method asks for it.
+        """
+        weights = self.weights(checkpoint, which)
+        config = unscanned(resolved(self.config))
+        objective = build(split_values(config)[0]["objective"], where="objective")
+        arrays = unstack(weights.params), unstack(weights.extra), unstack(weights.frozen), weights.hyper
+        pieces = None if self.tokenizer is None else self.tokenizer.pieces
+        opened = functools.cache(functools.partial(self.dataset, data))
+        return Model(objective, *arrays, self.spec, self.preprocessor.classes, pieces, opened)
+
+    def explain(
+        self,
+        method: str,
+        batch: Batch | None = None,
+        target: Any = None,
+        *,
+        position: int | None = None,
+        names: Sequence[str] | None = None,
+        checkpoint: str | int = "best",
+        seed: int = 0,
+        **settings: Any,
+    ) -> Result:
+        """What a method says about this model: an `Attribution` of each example, or a `Finding`; `.show()` draws it in a notebook.
+
+        Args:    method: a name, as integrated_gradients.  batch: fields as `preprocessor` or a loader gives them; None for a method that needs none.
+                 target: which output: a number, a class or a token, one for all or one each; None: what the model finds likeliest.
+                 position: of a text: after which token.  names: of the examples.  seed: of what is drawn by lot.  settings: of the method.
+        Raises:  ConfigError: a method that does not exist or does not fit this run, a target out of range.
+        """
+        if self._model is None or self._model[0] != checkpoint:
+            self._model = (checkpoint, self.model(checkpoint))
+        model = self._model[1]
+        found = None if batch is None else examples(model, batch, names, target, position)
+        return methods.explain(model, method, methods.node(method, settings), found, seed)
 
     def predict(self, batch: Batch, checkpoint: str | int = "best") -> dict[str, np.ndarray]:
         """The model's outputs for a batch that is ready for it: {"logits": ...} or {"value": ...}.

@@ -34,6 +34,18 @@ def programs():
     jax.clear_caches()
 
 
+QUIET = ("logger.figures=false", "logger.tensorboard=false", "logger.progress=none", "logger.sample=false")
+SHORT = ("train.steps=4", "train.eval_every=2", "train.log_every=2")
+FAMILIES = {  # a new family takes its place here
+    "mlp": ("experiment=digits_mlp", "model.width=16", "model.depth=1"),
+    "cnn": ("experiment=digits_cnn", "model.channels=[8,8,8]", "model.hidden=[16]", "train.epochs=null"),
+    "gpt": (
+        *("experiment=quickstart", "data.time=16", "data.batch=4", "data.validation=0.002", "schedule.warmup=0"),
+        *("model.width=16", "model.depth=2", "model.heads=2", "model.hidden=16", "model.scan=true"),
+    ),
+}
+
+
 class Told(NamedTuple):
     """What a command leaves with its caller."""
 
@@ -53,6 +65,21 @@ def command() -> Callable[..., Told]:
         return Told(code, out.getvalue(), err.getvalue().splitlines())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def parent(command, tmp_path_factory):
+    """parent(family): a run folder, trained once for a few steps; not to be changed."""
+    held = {}
+
+    def make(family):
+        if family not in held:
+            held[family] = tmp_path_factory.mktemp("runs") / family
+            told = command("train", *FAMILIES[family], *SHORT, *QUIET, f"run_dir={held[family]}")
+            assert told.code == 0, told.err
+        return held[family]
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
-from research.compression.subject import Subject, exchanged, moved, put
+from research.compression.subject import Subject, moved, put
 from research.core.build import build, thaw
-from research.core.config import split_values
+from research.core.config import exchanged, split_values
 from research.core.errors import ConfigError
 from research.core.tree import UNSTACKED, paths
 from research.core.types import Tree

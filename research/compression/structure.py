@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.compression.subject import Subject, get, put, remodelled
+from research.compression.subject import Subject, get, put
 from research.compression.wrapper import Wrapper
+from research.core.config import remodelled
 from research.core.errors import ConfigError, nearest
 from research.core.tree import paths
 from research.core.types import Batch, Objective, Tree

@@ -105,19 +105,6 @@ class Method(Protocol):
         ...
 
 
-def remodelled(config: Mapping[str, Any], **arguments: Any) -> dict[str, Any]:
-    """The config with these arguments of its model changed, in every place where the objective repeats the model."""
-    model = {**config["model"], **arguments}
-    return {**config, "model": model, "objective": exchanged(config["objective"], config["model"], model)}
-
-
-def exchanged(node: Any, old: Any, new: Any) -> Any:
-    """The config node with every node in it that equals `old` replaced by `new`."""
-    if node == old:
-        return new
-    return {name: exchanged(value, old, new) for name, value in node.items()} if isinstance(node, Mapping) else node
-
-
 def moved(train: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
     """The `train` group with the values that it lists below `old` under `new`, where a node has moved."""
     return {**train, "values": [new + path.removeprefix(old) if path.startswith(old) else path for path in train["values"]]}

@@ -86,7 +86,7 @@ def split_values(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, f
         group = path.partition(".")[0]
         before = copy.deepcopy(tree[group])
         _set(tree, path, None)
-        tree = _replaced(tree, before, tree[group])
+        tree = exchanged(tree, before, tree[group])
     return tree, hyper
 
 
@@ -95,13 +95,24 @@ def _set(tree: dict[str, Any], path: str, value: Any) -> None:
     descend(tree, parent)[0][name] = value
 
 
-def _replaced(node: Any, before: Any, after: Any) -> Any:
-    """The tree with every node that equals `before` replaced by `after`."""
-    if node == before and isinstance(node, Mapping):
-        return copy.deepcopy(after)
-    if isinstance(node, dict):
-        return {name: _replaced(value, before, after) for name, value in node.items()}
-    return [_replaced(value, before, after) for value in node] if isinstance(node, list) else node
+def remodelled(config: Mapping[str, Any], **arguments: Any) -> dict[str, Any]:
+    """The config with these arguments of its model changed, in every place where the objective repeats the model."""
+    model = {**config["model"], **arguments}
+    return {**config, "model": model, "objective": exchanged(config["objective"], config["model"], model)}
+
+
+def unscanned(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with each block of its model on its own: tap paths then equal parameter paths, and blocks may differ in form."""
+    return remodelled(config, scan=False) if config["model"].get("scan") else dict(config)
+
+
+def exchanged(node: Any, old: Any, new: Any) -> Any:
+    """The config node with every mapping in it that equals `old` replaced by a copy of `new`."""
+    if node == old and isinstance(node, Mapping):
+        return copy.deepcopy(new)
+    if isinstance(node, Mapping):
+        return {name: exchanged(value, old, new) for name, value in node.items()}
+    return [exchanged(value, old, new) for value in node] if isinstance(node, list) else node
 
 
 def differences(

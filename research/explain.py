@@ -1,0 +1,192 @@
+"""Opens the black box: `python -m research.explain run=PATH method=integrated_gradients input=photo.png`."""
+
+import hashlib
+import io
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from research.core import app
+from research.core.config import resolved
+from research.core.errors import ConfigError, DataError
+from research.core.folder import plain, write_json, write_text
+from research.data.inputs import read_inputs
+from research.explanation import methods
+from research.explanation.model import Examples, Model, examples
+from research.explanation.page import page
+from research.explanation.result import Result
+from research.figures import explanation as draw
+from research.run import Run
+
+FILE, PAGE = "explanation.json", "explanation.html"
+MOST = 64  # examples of one command
+
+
+def explain(config: DictConfig) -> dict[str, Any]:
+    """The content of explanation.json: each method's settings and numbers; beside it a page, a picture an example, and the arrays.
+
+    Args:    config: as `research.compose([...], verb="explain")` gives it.
+    Raises:  ResearchError: no run there, a method that does not fit it, an input that cannot be read or does not fit, a target out of range.
+    """
+    run = Run(config.run)
+    chosen = _chosen(config)
+    model = run.model(config.checkpoint, config.weights, data={str(name): value for name, value in config.data.items() if name != "split"})
+    found = _examples(config, run, model)
+    results = []
+    for name, node in chosen.items():
+        app.say(f"{name}: {'the model as a whole' if found is None else f'{len(found)} example' + 's' * (len(found) > 1)}")
+        results.append(methods.explain(model, name, node, found, config.seed))
+    target = _folder(config, run, chosen)
+    report = {"run": os.fspath(run.path), **_asked(config), "methods": [_row(result) for result in results]}
+    _write(target, report, results, config.figures)
+    for result in results:
+        _show(result)
+    app.say(f"wrote {os.fspath(target / PAGE)}")
+    return report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code of the command line; `index=0,5,9` and `method=[a,b]` are lists here, as a person means them."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return app.main(explain, "explain", [_meant(argument) for argument in arguments])
+
+
+def _meant(argument: str) -> str:
+    """An override as Hydra reads it: a list of numbers in brackets, several methods under their own key."""
+    name, _, value = argument.partition("=")
+    if name == "index" and "," in value and not value.startswith("["):
+        return f"index=[{value}]"
+    return f"methods={value}" if name == "method" and value.startswith("[") else argument
+
+
+def _chosen(config: DictConfig) -> dict[str, dict[str, Any]]:
+    """{name: config node} of the methods to apply.
+
+    Raises:  ConfigError: none, or a method or a setting that does not exist.
+    """
+    if config.methods is None:
+        if config.get("method") is None:
+            raise ConfigError(f"give method=NAME or method=[NAME,NAME]; there are: {', '.join(methods.names())}")
+        return {config.name: methods.node(config.name, {k: v for k, v in resolved(config.method).items() if k != "_target_"})}
+    chosen = {}
+    for entry in OmegaConf.to_container(config.methods) or ():
+        if not isinstance(entry, str) and not (isinstance(entry, dict) and len(entry) == 1):
+            raise ConfigError(f"method: {entry!r} is neither the name of a method nor {{NAME: {{SETTING: VALUE}}}}")
+        name, settings = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
+        chosen[str(name)] = methods.node(str(name), settings)
+    return chosen
+
+
+def _examples(config: DictConfig, run: Run, model: Model) -> Examples | None:
+    """What the command asks to explain; None where it names nothing.
+
+    Raises:  ConfigError: more than one of input, index and prompt, an index out of range, an empty prompt.
+    """
+    given = [name for name in ("input", "index", "prompt") if config[name] is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{given[0]} and {given[1]} are both given: give one of input, index and prompt")
+    if not given:
+        return None
+    names, batch = {"input": _read, "index": _drawn, "prompt": _text}[given[0]](config, run, model)
+    if len(names) > MOST:
+        raise ConfigError(f"{given[0]} holds {len(names)} examples; one command explains at most {MOST}")
+    return examples(model, batch, names, resolved(config)["target"], config.position)
+
+
+def _read(config: DictConfig, run: Run, model: Model) -> tuple[list[str], dict[str, np.ndarray]]:
+    names, raw = read_inputs(config.input, run.spec)
+    return names, {**run.preprocessor(raw), "mask": np.ones(len(names), bool)}
+
+
+def _drawn(config: DictConfig, run: Run, model: Model) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Examples of the run's own data by number."""
+    assert model.data is not None
+    data = model.data()
+    split = config.data.get("split") or next(name for name in ("test", "validation", "train") if name in data.splits)
+    if split not in data.splits:
+        raise DataError(f"data.split={split!r}: the run's data has {', '.join(data.splits)}")
+    source: Any = data.splits[split]
+    source = getattr(source, "whole", source)  # windows that do not overlap, as they are scored
+    given: Any = resolved(config)["index"]
+    asked = np.atleast_1d(given)
+    for i in asked:
+        if isinstance(i, bool | np.bool_) or not isinstance(i, int | np.integer) or not 0 <= i < len(source):
+            raise ConfigError(f"index={i}: the {split} split has the examples 0 to {len(source) - 1}")
+    indices = asked.astype(np.int64)
+    fields = dict(source.take(indices))
+    return [f"{split} {i}" for i in indices], {"mask": np.ones(len(indices), bool), "index": indices.astype(np.int32), **fields}
+
+
+def _text(config: DictConfig, run: Run, model: Model) -> tuple[list[str], dict[str, np.ndarray]]:
+    if run.tokenizer is None:
+        raise ConfigError("prompt: this run reads no text; give input=PATH or index=NUMBERS")
+    if not str(config.prompt):
+        raise ConfigError("prompt is empty: there is nothing to explain")
+    tokens = run.tokenizer.encode(str(config.prompt))
+    return [repr(str(config.prompt))], {"tokens": tokens[None], "mask": np.ones((1, len(tokens)), bool)}
+
+
+def _asked(config: DictConfig) -> dict[str, Any]:
+    """What of the command decides the result."""
+    names = ("checkpoint", "weights", "input", "index", "prompt", "target", "position", "seed")
+    return {**{name: value for name, value in resolved(config).items() if name in names and value is not None}, "data": resolved(config)["data"]}
+
+
+def _folder(config: DictConfig, run: Run, chosen: Mapping[str, Any]) -> epath.Path:
+    """Where the explanation goes: the same command, the same folder."""
+    if config.out:
+        return epath.Path(config.out)
+    digest = hashlib.sha256(json.dumps(plain([chosen, _asked(config)]), sort_keys=True).encode()).hexdigest()[:8]
+    return run.path / "explanations" / f"{'-'.join(chosen)}-{digest}"
+
+
+def _row(result: Result) -> dict[str, Any]:
+    return {"method": result.method, "settings": dict(result.settings), "examples": list(result.names), **result.summary()}
+
+
+def _write(target: epath.Path, report: Mapping[str, Any], results: list[Result], figures: bool) -> None:
+    """The page, the numbers, the arrays of each method and, with figures, a picture of each example."""
+    title = f"{', '.join(result.method for result in results)} of {report['run']}"
+    facts = {name: value for name, value in report.items() if name != "methods"}
+    write_json(target / FILE, report)
+    for result in results:
+        if arrays := result.arrays():
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, allow_pickle=False, **arrays)
+            (target / f"{result.method}.npz").write_bytes(buffer.getvalue())
+    write_text(target / PAGE, page(title, results, facts=facts))
+    if not figures:
+        return
+    for result in results:
+        if drawn := getattr(result, "drawn", ()):
+            draw.save(drawn, target / f"{result.method}.png", result.method)
+        for i, name in enumerate(result.names):
+            if panels := result.panels(i):
+                draw.save(panels, target / f"{result.method}_{i}.png", str(name))
+
+
+def _show(result: Result) -> None:
+    """The numbers of a result on standard output."""
+    for line in getattr(result, "lines", ()):
+        app.say(line)
+    shown = {name: np.atleast_1d(value) for name, value in result.summary().items() if np.asarray(value).dtype.kind in "fiu" and np.ndim(value) < 2}
+    columns = [name for name, value in shown.items() if result.names and len(value) == len(result.names)]
+    if columns:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for name in (result.method, *columns):
+            table.add_column(name.replace("_", " "), justify="left" if name == result.method else "right")
+        for i, name in enumerate(result.names):
+            table.add_row(str(name), *(f"{shown[column][i]:.4g}" for column in columns))
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

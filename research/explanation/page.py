@@ -1,0 +1,97 @@
+"""One page that shows explanations: a single HTML file that needs nothing else."""
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from research.explanation.result import Result
+from research.figures import explanation as draw
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; border-top: 1px solid #e4e7eb; padding-top: 1rem; } h3 { font-size: .95rem; margin-bottom: .2rem; }
+.side { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; } .side > div { max-width: 100%; } img { max-width: 100%; }
+.tokens { font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+.tokens span { border-radius: 3px; padding: 1px 0; }
+table { border-collapse: collapse; font-size: 13px; } td, th { padding: 2px 10px 2px 0; text-align: left; vertical-align: top; }
+th { color: #7b8794; }
+.warning { color: #c53030; } .faint { color: #7b8794; font-size: 13px; }
+"""
+
+
+def page(title: str, results: Sequence[Result], *, facts: Mapping[str, Any], warnings: Sequence[str] = ()) -> str:
+    """The page: for each example its explanations side by side, then what was found about the whole, then the numbers.
+
+    Every text is escaped: names, tokens and settings may hold anything.
+
+    Args:    facts: of the run, as a table above.  warnings: what a reader must know first.
+    """
+    names = next((result.names for result in results if result.names), ())
+    parts = [f"<h1>{html.escape(title)}</h1>", _mapping(facts), *(f'<p class="warning">{html.escape(text)}</p>' for text in warnings)]
+    for i, name in enumerate(names):
+        shown = [(result, panel) for result in results for panel in result.panels(i)]
+        if shown:
+            blocks = "".join(f"<div>{_panel(panel)}{_told(result, i)}</div>" for result, panel in shown)
+            parts.append(f'<h2>{html.escape(str(name))}</h2><div class="side">{blocks}</div>')
+    for result in results:
+        if drawn := getattr(result, "drawn", ()):
+            blocks = "".join(f"<div>{_panel(panel)}</div>" for panel in drawn)
+            parts.append(f'<h2>{html.escape(result.method)}</h2><div class="side">{blocks}</div>')
+    for result in results:
+        parts.append(f"<h3>{html.escape(result.method)}</h3>{_mapping({**result.settings, **_short(result.summary())})}")
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n{body}\n</html>\n'
+    )
+
+
+def _panel(panel: draw.Panel) -> str:
+    title = f"<h3>{html.escape(panel.title)}</h3>" if isinstance(panel, draw.Tokens | draw.Rows) else ""
+    if isinstance(panel, draw.Tokens):
+        return title + _tokens(panel)
+    if isinstance(panel, draw.Rows):
+        return title + _table(panel)
+    data = base64.b64encode(draw.png(panel)).decode()
+    return f'<img alt="{html.escape(panel.title, quote=True)}" src="data:image/png;base64,{data}" style="zoom:.62">'
+
+
+def _tokens(panel: draw.Tokens) -> str:
+    most = draw.strength(panel.values)
+    spans = []
+    for token, value in zip(panel.tokens, panel.values, strict=True):
+        share = float(np.clip(value / most, -1.0, 1.0)) if np.isfinite(value) else 0.0
+        rgb = "197,48,48" if share > 0 else "31,95,191"
+        shown = html.escape(draw.visible(token)) + ("\n" if "\n" in token else "")
+        spans.append(f'<span title="{value:.4g}" style="background:rgba({rgb},{abs(share) * 0.6:.3f})">{shown}</span>')
+    return f'<div class="tokens">{"".join(spans)}</div><p class="faint">red speaks for the output, blue against it; full colour: {most:.3g}</p>'
+
+
+def _table(panel: draw.Rows) -> str:
+    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in panel.columns)
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(draw.visible(draw.cell_text(cell)))}</td>" for cell in row) + "</tr>" for row in panel.rows)
+    return f"<table><tr>{head}</tr>{rows}</table>"
+
+
+def _told(result: Result, i: int) -> str:
+    """The numbers of one example, below its picture."""
+    told = []
+    for name, value in result.summary().items():
+        array = np.asarray(value)
+        if array.ndim == 1 and len(array) == len(result.names) and array.dtype.kind in "fiu":
+            told.append(f"{name.replace('_', ' ')} {array[i]:.4g}")
+    return f'<p class="faint">{html.escape(", ".join(told))}</p>' if told else ""
+
+
+def _short(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is told below each picture."""
+    return {name: value for name, value in summary.items() if np.ndim(value) == 0 or isinstance(value, str)}
+
+
+def _mapping(values: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><th>{html.escape(str(name).replace('_', ' '))}</th><td>{html.escape(draw.cell_text(value))}</td></tr>" for name, value in values.items()
+    )
+    return f"<table>{rows}</table>"
