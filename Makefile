@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 USER_READY := $(VENV)/.user
 DEVELOPER_READY := $(VENV)/.developer
+# A process for each core, four at most; a file's tests stay in one, since they share what they have trained.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -17,10 +19,10 @@ quickstart: $(USER_READY) ## train a small GPT on text that is already on this m
 	$(BIN)/python -m research.train experiment=quickstart
 
 test: $(DEVELOPER_READY) ## all tests but the slow ones
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(DEVELOPER_READY) ## the slow tests, and the notebooks
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 	$(BIN)/python -m pytest -m "" --nbmake notebooks
 
 check: $(DEVELOPER_READY) ## format, lint, spelling, types, and who may import whom

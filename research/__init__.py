@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from research.core.config import compose
+    from research.explanation.result import Attribution
     from research.run import Run
 
-__all__ = ["Run", "__version__", "compose"]
+__all__ = ["Attribution", "Run", "__version__", "compose"]
 __version__ = "0.1.0"
 
-_HOMES = {"compose": "research.core.config", "Run": "research.run"}
+_HOMES = {"compose": "research.core.config", "Run": "research.run", "Attribution": "research.explanation.result"}
 
 
 def __getattr__(name: str) -> Any:

@@ -18,13 +18,14 @@ from research.compression import ledger
 from research.compression.distill import student, taught
 from research.compression.prune import STATIC
 from research.compression.subject import Subject
-from research.core import app
+from research.core import app, energy
 from research.core.build import build
 from research.core.config import compose, resolved, unscanned
 from research.core.errors import CheckpointError, ConfigError, nearest
-from research.core.folder import read_json, write_json
+from research.core.folder import described, read_json, write_json
 from research.core.spec import check_spec
 from research.core.tree import count, paths, sha256, unstack
+from research.core.types import Tree
 from research.data.dataset import Dataset
 from research.data.loader import Loader, whole
 from research.evaluate import SHAPES
@@ -47,6 +48,7 @@ def compress(config: DictConfig) -> dict[str, Any]:
     Args:    config: as `research.compose([...], verb="compress")` gives it.
     Raises:  ResearchError: no run there, a method that does not fit the model, a folder that is taken.
     """
+    energy.check(config.ledger.energy, "ledger.energy")
     parent, stages = Run(config.run), _stages(config)
     name = "-".join(stage.replace("/", "_") for stage, _ in stages)
     path = epath.Path(config.run_dir or run.new_path(config.paths.runs, f"{parent.config.name}-{name}"))
@@ -217,18 +219,25 @@ def _stages(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
     if (config.pipeline is None) == (config.get("method") is None):
         raise ConfigError("give method=NAME, as method=prune/wanda, or pipeline=[NAME,NAME]")
     if config.pipeline is None:
-        return [(config.name, resolved(config.method))]
+        return [(_compressing(config.name), resolved(config.method))]
     stages = []
     for entry in OmegaConf.to_container(config.pipeline) or ():
         if not isinstance(entry, str) and not (isinstance(entry, dict) and len(entry) == 1):
             raise ConfigError(f"pipeline: {entry!r} is neither the name of a method nor {{NAME: {{SETTING: VALUE}}}}")
         name, settings = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
-        node = resolved(compose([f"method={name}"], verb="compress").method)
+        node = resolved(compose([f"method={_compressing(name)}"], verb="compress").method)
         for setting in settings:
             if setting not in (*node, "finetune"):
                 raise ConfigError(f"pipeline: {name} has no setting {setting!r}{nearest(setting, node)}")
         stages.append((name, {**node, **settings}))
     return stages
+
+
+def _compressing(name: str) -> str:
+    """The name of a method, refused where it is one that explains."""
+    if name in described("method", "research.explanation."):
+        raise ConfigError(f"method={name} makes no smaller model: it explains, see research.explain")
+    return name
 
 
 def _measured(config: DictConfig, parent: Run, child: Run, dataset: Dataset) -> dict[str, Any]:
@@ -238,22 +247,23 @@ def _measured(config: DictConfig, parent: Run, child: Run, dataset: Dataset) -> 
     batches = list(padded(whole(source, config.ledger.batch)))
     rows, sizes = {}, {}
     for name, of, weights in (("before", parent, parent.weights(config.checkpoint, config.weights)), ("after", child, child.weights())):
-        rows[name] = (judging(of.objective, source), (weights.params, weights.extra, weights.frozen, weights.hyper))
-        sizes[name] = ledger.sizes(weights.params, weights.extra, weights.frozen) | {"disk_bytes": _disk_bytes(weights)}
+        objective, model = judging(of.objective, source), (weights.params, weights.extra, weights.frozen, weights.hyper)
+        rows[name], tree = (objective, model), ledger.needed(objective, model, batches[0])
+        sizes[name] = ledger.sizes(tree) | {"disk_bytes": _disk_bytes(tree)}
     scores = {name: ledger.scores(objective, model, batches) for name, (objective, model) in rows.items()}
     return {
         "split": split,
         "device": run.device_name(),
         "metrics": ledger.metrics(scores["before"], scores["after"]),
         "sizes": sizes,
-        **ledger.costs(rows["before"], rows["after"], batches[0], timed=config.ledger.latency),
+        **ledger.costs(rows["before"], rows["after"], batches[0], timed=config.ledger.latency, country=config.ledger.energy),
     }
 
 
-def _disk_bytes(weights: Weights) -> int:
-    """What the arrays that inference needs take in a checkpoint, compressed as Orbax does it."""
+def _disk_bytes(tree: Tree) -> int:
+    """What these arrays take in a checkpoint, compressed as Orbax does it."""
     with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as checkpoints:
-        checkpoints.save_frozen({"params": weights.params, "extra": weights.extra, "frozen": weights.frozen})
+        checkpoints.save_frozen(tree)
         return ledger.disk_bytes(checkpoints.folder / "frozen" / "state")
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -16,18 +17,20 @@ from rich.table import Table
 
 from research.core import app
 from research.core.config import resolved
-from research.core.errors import ConfigError, DataError
+from research.core.errors import ConfigError, DataError, ResearchError
 from research.core.folder import plain, write_json, write_text
 from research.data.inputs import read_inputs
 from research.explanation import methods
+from research.explanation.judge import Judge
 from research.explanation.model import Examples, Model, examples
 from research.explanation.page import page
-from research.explanation.result import Result
+from research.explanation.result import Attribution, Finding, Result
 from research.figures import explanation as draw
 from research.run import Run
 
 FILE, PAGE = "explanation.json", "explanation.html"
 MOST = 64  # examples of one command
+_log = logging.getLogger(__name__)
 
 
 def explain(config: DictConfig) -> dict[str, Any]:
@@ -40,16 +43,32 @@ def explain(config: DictConfig) -> dict[str, Any]:
     chosen = _chosen(config)
     model = run.model(config.checkpoint, config.weights, data={str(name): value for name, value in config.data.items() if name != "split"})
     found = _examples(config, run, model)
-    results = []
-    for name, node in chosen.items():
+    ready = {name: methods.prepare(model, name, node, found) for name, node in chosen.items()}  # all, before the first takes its time
+    results, failed = [], {}
+    for name, method in ready.items():
         app.say(f"{name}: {'the model as a whole' if found is None else f'{len(found)} example' + 's' * (len(found) > 1)}")
-        results.append(methods.explain(model, name, node, found, config.seed))
+        try:
+            results.append(methods.apply(method, model, name, chosen[name], found, config.seed))
+        except (ResearchError, ValueError) as error:
+            if len(ready) == 1:
+                raise
+            failed[name] = error
     target = _folder(config, run, chosen)
-    report = {"run": os.fspath(run.path), **_asked(config), "methods": [_row(result) for result in results]}
-    _write(target, report, results, config.figures)
+    lost = {"failed": {name: str(error) for name, error in failed.items()}} if failed else {}
+    report = {"run": os.fspath(run.path), **_asked(config), "methods": [_row(result) for result in results], **lost}
+    verdict = Judge()(results, config.seed) if config.judge else None
+    if verdict is not None:
+        report["judge"] = verdict.summary()
+    _write(target, report, results, config.figures, verdict)
     for result in results:
         _show(result)
+    if verdict is not None:
+        _print(verdict.drawn[0])
+        for warning in verdict.numbers["warnings"]:
+            _log.warning("%s", warning)
     app.say(f"wrote {os.fspath(target / PAGE)}")
+    for error in failed.values():  # what the others found is kept
+        raise error
     return report
 
 
@@ -152,17 +171,19 @@ def _row(result: Result) -> dict[str, Any]:
     return {"method": result.method, "settings": dict(result.settings), "examples": list(result.names), **result.summary()}
 
 
-def _write(target: epath.Path, report: Mapping[str, Any], results: list[Result], figures: bool) -> None:
+def _write(target: epath.Path, report: Mapping[str, Any], results: list[Result], figures: bool, verdict: Finding | None = None) -> None:
     """The page, the numbers, the arrays of each method and, with figures, a picture of each example."""
     title = f"{', '.join(result.method for result in results)} of {report['run']}"
-    facts = {name: value for name, value in report.items() if name != "methods"}
+    facts = {name: value for name, value in report.items() if name not in ("methods", "judge")}
+    warnings = () if verdict is None else verdict.numbers["warnings"]
+    results = results if verdict is None else [*results, verdict]
     write_json(target / FILE, report)
     for result in results:
         if arrays := result.arrays():
             buffer = io.BytesIO()
             np.savez_compressed(buffer, allow_pickle=False, **arrays)
             (target / f"{result.method}.npz").write_bytes(buffer.getvalue())
-    write_text(target / PAGE, page(title, results, facts=facts))
+    write_text(target / PAGE, page(title, results, facts=facts, warnings=warnings))
     if not figures:
         return
     for result in results:
@@ -170,7 +191,19 @@ def _write(target: epath.Path, report: Mapping[str, Any], results: list[Result],
             draw.save(drawn, target / f"{result.method}.png", result.method)
         for i, name in enumerate(result.names):
             if panels := result.panels(i):
-                draw.save(panels, target / f"{result.method}_{i}.png", str(name))
+                pictured = result.pictured(i) if isinstance(result, Attribution) else ()
+                draw.save((*pictured, *panels), target / f"{result.method}_{i}.png", str(name))
+
+
+def _print(rows: draw.Panel) -> None:
+    """A table on standard output."""
+    assert isinstance(rows, draw.Rows)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for i, name in enumerate(rows.columns):
+        table.add_column(str(name), justify="right" if i else "left")
+    for row in rows.rows:
+        table.add_row(*map(draw.cell_text, row))
+    Console().print(table)
 
 
 def _show(result: Result) -> None:

@@ -15,18 +15,26 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from research.compression import ledger as measure
 from research.core import app
 from research.core.config import read_config, resolved
 from research.core.errors import ConfigError, ResearchError, nearest
 from research.core.folder import read_json, write_json, write_text
+from research.core.nodes import descend, near
+from research.core.spec import zero_batch
 from research.figures.compression import pareto, short
 from research.figures.curves import HEADLINES
+from research.run import Run
 from research.training.run import CONFIG, RESULT
 
 LEDGER = "compression.json"
 SKIPPED = ("checkpoints", "data", "figures", "samples")  # folders of a run that hold no runs
-COSTS = {"bytes": "bytes", "flops_per_example": "FLOPs per example", "ms": "ms of a full batch"}  # what the figure draws the metric over
+COSTS = {"bytes": "bytes", "parameters": "parameters", "flops_per_example": "FLOPs per example", "ms": "ms of a batch"}  # that the figure draws
 FACTS = ("experiment", "method", "status", "step", "parameters", "bytes", "disk_bytes", "flops_per_example", "ms", "seconds")
+DONE = ("finished", "stopped_early")  # a run that did not end so is marked
+NARROW = 14  # characters that a column of words has at least
+WIDE = Console(width=10_000)  # on which a table takes what it needs
+SPARE = ("parameters", "seconds", "experiment")  # columns that go first where the terminal is narrow
 HEADINGS = {"flops_per_example": "FLOPs", "seconds": "s"}
 Row = dict[str, Any]
 
@@ -35,16 +43,19 @@ def report(config: DictConfig) -> list[Row]:
     """One row for each run folder below `runs`, as it is printed and written to `out`.
 
     Bytes and latency are those of the ledger of a compression, which measured its parent as well; `ms` is the median of a full batch on the
-    machine where that was, so only runs of one parent can be compared by it. `seconds` are those of training, or of the compression with all
-    its stages. A folder that cannot be read is named and left out.
+    machine where that was, so only runs of one parent can be compared by it; with `latency` all runs are timed here, side by side. `seconds` are
+    those of training, or of the compression with all its stages. `intervals` are the ledger's, {metric: [low, high]}. A folder that cannot be
+    read is named and left out.
 
     Args:    config: as `research.compose([...], verb="report")` gives it.
     Raises:  ConfigError: a pattern that fits no run, or a column that no run has.
     """
+    if config.latency is not None and (type(config.latency) is not int or config.latency < 1):
+        raise ConfigError(f"latency={config.latency}: must be a number of examples, as 256, or null")
     rows, parents = [], {}
     for folder in find(config.runs):
         try:
-            rows.append(_row(folder, parents))
+            rows.append(_row(folder, parents, config.settings))
         except ResearchError as error:
             app.say(f"left out: {folder}: {error}")
         except (AttributeError, KeyError, IndexError, TypeError, ValueError):
@@ -53,12 +64,17 @@ def report(config: DictConfig) -> list[Row]:
         raise ConfigError(f"runs={config.runs!r} fits no folder of a run; quote the pattern, and note that ** is any number of folders")
     for row in rows:
         row |= {name: value for name, value in parents.get(os.path.realpath(row["run"]), {}).items() if row.get(name) is None}
-    columns = ["run", *FACTS, *_metrics(rows)]
-    rows = _sorted(rows, config.sort, columns)
+    for path in config.settings:
+        if not any(path in row for row in rows):
+            raise ConfigError(f"settings: no run here has {path!r}{near(path, resolved(read_config(epath.Path(rows[0]['run']) / CONFIG)))}")
+    columns = ["run", *config.settings, *FACTS, *_metrics(rows)]
     metric = _metric(rows, config.metric)
-    Console().print(_table(rows, metric))
+    if config.latency is not None:
+        _time(rows, config.latency)
+    rows = _sorted(rows, config.sort, columns)
+    _show(rows, metric, config.settings)
     if config.out:
-        _write(epath.Path(config.out), rows, columns, metric, config.runs)
+        _write(epath.Path(config.out), rows, columns, metric, config)
     return rows
 
 
@@ -86,13 +102,14 @@ def _fits(names: Sequence[str], pattern: Sequence[str]) -> bool:
     return bool(names) and fnmatch.fnmatchcase(names[0], pattern[0]) and _fits(names[1:], pattern[1:])
 
 
-def _row(folder: str, parents: dict[str, Row]) -> Row:
+def _row(folder: str, parents: dict[str, Row], settings: Sequence[str]) -> Row:
     """What the files of one run tell; `parents` takes what its ledger tells of the run that it was made from."""
     path = epath.Path(folder)
     config = resolved(_held(path / CONFIG, read_config))
     result: Row = _held(path / RESULT, read_json) if (path / RESULT).exists() else {"status": "running"}
     made = config.get("compression") or []
     row = {"run": folder, **dict.fromkeys(FACTS), "experiment": config["name"], "method": " + ".join(entry["method"] for entry in made) or None}
+    row |= {path: value for path, (value, rest) in ((path, descend(config, path)) for path in settings) if not rest}
     row |= {name: result.get(name) for name in ("status", "step", "flops_per_example")}
     row |= {"parameters": result.get("params"), "seconds": result.get("train_s")}
     row |= {name: float(value) for name, value in (result.get("metrics") or {}).items() if "/" in name and isinstance(value, int | float)}
@@ -116,15 +133,36 @@ def _held(path: epath.Path, read: Any) -> Any:
 def _measured(ledger: Mapping[str, Any], which: str) -> Row:
     """What a ledger says of one of its two models."""
     sizes, latency = ledger["sizes"][which], list(ledger.get("latency", {}).values())
-    scores = {f"{ledger['split']}/{name}": row[which][0] for name, row in ledger["metrics"].items()}
+    scores = {f"{ledger['split']}/{name}": row[which] for name, row in ledger["metrics"].items()}
     return {
-        **scores,
+        **{name: value for name, (value, _, _) in scores.items()},
+        "intervals": {name: [low, high] for name, (_, low, high) in scores.items()},
         "parameters": sizes["parameters"],
         "bytes": sizes["bytes"],
         "disk_bytes": sizes.get("disk_bytes"),
         "flops_per_example": ledger.get("flops_per_example", {}).get(which),
         "ms": latency[-1][which]["median_ms"] if latency else None,
     }
+
+
+def _time(rows: Sequence[Row], examples: int) -> None:
+    """Gives each run's `ms` the median of its prediction of so many examples, all timed in turn; a run that cannot be read is named."""
+    programs = {}
+    for row in rows:
+        row["ms"] = None
+        try:
+            run = Run(row["run"])
+            weights = run.weights()
+            model = (weights.params, weights.extra, weights.frozen, weights.hyper)
+            programs[row["run"]] = measure.program(run.objective, model, zero_batch(run.spec, examples))
+        except ResearchError as error:
+            app.say(f"not timed: {row['run']}: {error}")
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+            app.say(f"not timed: {row['run']}: its {CONFIG} does not describe a run that can be built")
+    rounds = measure.rounds(programs) if programs else []
+    for row in rows:
+        if row["run"] in programs:
+            row["ms"] = 1e3 * float(np.median([seconds for times in rounds for seconds in times[row["run"]]]))
 
 
 def _metrics(rows: Sequence[Row]) -> list[str]:
@@ -149,24 +187,48 @@ def _sorted(rows: list[Row], column: str | None, columns: Sequence[str]) -> list
     if name not in columns:
         raise ConfigError(f"sort={column!r}: there is no such column{nearest(name, columns)}")
     filled, rest = [row for row in rows if row.get(name) is not None], [row for row in rows if row.get(name) is None]
-    return sorted(filled, key=lambda row: row[name], reverse=(column or "").startswith("-")) + rest
+    return sorted(filled, key=lambda row: _order(row[name]), reverse=(column or "").startswith("-")) + rest
 
 
-def _table(rows: Sequence[Row], metric: str | None) -> Table:
-    """The main columns; those that tell nothing here are left out."""
+def _order(value: Any) -> tuple[bool, Any]:
+    """Numbers by size, then all else by its text."""
+    return (False, value) if isinstance(value, int | float) else (True, str(value))
+
+
+def _show(rows: Sequence[Row], metric: str | None, settings: Sequence[str]) -> None:
+    """Prints the main columns; those that tell nothing here are left out, and of the others, where they do not fit, those that can be spared."""
+    console = Console()
+    columns = ["experiment", *settings, "method", *([metric] if metric else []), "parameters", "bytes", "flops_per_example", "ms", "seconds"]
+    columns = [name for name in columns if any(row.get(name) is not None for row in rows)]
+    if len({row["experiment"] for row in rows}) == 1:
+        columns.remove("experiment")
+    table = _table(rows, columns, settings)
+    for name in SPARE:
+        if WIDE.measure(table).minimum > console.width and name in columns:
+            columns.remove(name)
+            table = _table(rows, columns, settings)
+    console.print(table)
+
+
+def _table(rows: Sequence[Row], columns: Sequence[str], settings: Sequence[str]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     common = os.path.commonpath([os.path.dirname(row["run"]) or "." for row in rows])
-    table.add_column(f"run in {common}", overflow="fold")
-    columns = ["method", "step", *([metric] if metric else []), "parameters", "bytes", "flops_per_example", "ms", "seconds"]
-    columns = [name for name in columns if any(row.get(name) is not None for row in rows)]
-    if len({row["experiment"] for row in rows}) > 1:
-        columns.insert(0, "experiment")
-    for name in columns:
-        table.add_column(HEADINGS.get(name, name), justify="left" if name in ("experiment", "method") else "right", overflow="fold")
-    for row in rows:
-        status = "" if row["status"] in ("finished", "stopped_early") else f" ({row['status']})"
-        table.add_row(os.path.relpath(row["run"], common) + status, *(_text(name, row.get(name)) for name in columns))
+    cells = [[_setting(row.get(name)) if name in settings else _text(name, row.get(name)) for name in columns] for row in rows]
+    names = [os.path.relpath(row["run"], common) + ("" if row["status"] in DONE else f" ({row['status']})") for row in rows]
+    table.add_column(f"run in {common}", overflow="fold", min_width=min(NARROW, max(map(len, names))))
+    for number, name in enumerate(columns):
+        if name in ("experiment", "method", *settings):
+            widest = max(len(row[number]) for row in cells)
+            table.add_column(name.rpartition(".")[2], overflow="fold", min_width=min(NARROW, widest))
+        else:
+            table.add_column(HEADINGS.get(name, name).replace("/", "/\n"), justify="right", min_width=max(len(row[number]) for row in cells))
+    for name, row in zip(names, cells, strict=True):
+        table.add_row(name, *row)
     return table
+
+
+def _setting(value: Any) -> str:
+    return str(value).replace(" ", "")
 
 
 def _text(name: str, value: Any) -> str:
@@ -177,10 +239,10 @@ def _text(name: str, value: Any) -> str:
     return f"{value:,}" if name == "step" else short(value)
 
 
-def _write(out: epath.Path, rows: Sequence[Row], columns: Sequence[str], metric: str | None, runs: str) -> None:
+def _write(out: epath.Path, rows: Sequence[Row], columns: Sequence[str], metric: str | None, config: DictConfig) -> None:
     """report.csv, report.json and, where there is a metric, the figure."""
     written = io.StringIO()
-    table = csv.DictWriter(written, columns, restval="", lineterminator="\n")
+    table = csv.DictWriter(written, columns, restval="", extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     write_text(out / "report.csv", written.getvalue())
@@ -189,9 +251,13 @@ def _write(out: epath.Path, rows: Sequence[Row], columns: Sequence[str], metric:
     scored = [row for row in rows if metric in row]
     costs = {title: np.array([_number(row[name]) for row in scored], np.float64) for name, title in COSTS.items()}
     costs = {name: x for name, x in costs.items() if np.isfinite(x).sum() > 1}
+    if "bytes" in costs:
+        costs.pop("parameters", None)
     if metric is not None and costs:
-        labels = [row["method"] or row["experiment"] for row in scored]
-        pareto(costs, np.array([row[metric] for row in scored]), labels, out / "pareto.png", name=metric, title=runs)
+        labels = [" ".join(_setting(row.get(path)) for path in config.settings) or row["method"] or row["experiment"] for row in scored]
+        title = f"{config.runs}{': ' if config.settings else ''}{' '.join(path.rpartition('.')[2] for path in config.settings)}"
+        intervals = np.array([(row.get("intervals") or {}).get(metric) or [math.nan] * 2 for row in scored], np.float64)
+        pareto(costs, np.array([row[metric] for row in scored]), labels, out / "pareto.png", name=metric, intervals=intervals, title=title)
         names.append("pareto.png")
     for name in names:
         app.say(f"wrote {os.fspath(out / name)}")

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,12 @@ from research.core.errors import ConfigError, nearest
 from research.core.tree import unstack
 from research.core.types import Batch, Hyper, Objective, State, Tree
 from research.data.dataset import Dataset, Source, open_data
+from research.data.loader import Loader
 from research.data.preprocess import Preprocessor
 from research.data.text import Windows
 from research.data.tokenizers import Tokenizer
 from research.explanation import methods
-from research.explanation.model import Model, examples
+from research.explanation.model import Model, Past, examples
 from research.explanation.result import Result
 from research.inference.decode import generate, start_token
 from research.inference.predict import predict
@@ -162,7 +163,26 @@ class Run:
         arrays = unstack(weights.params), unstack(weights.extra), unstack(weights.frozen), weights.hyper
         pieces = None if self.tokenizer is None else self.tokenizer.pieces
         opened = functools.cache(functools.partial(self.dataset, data))
-        return Model(objective, *arrays, self.spec, self.preprocessor.classes, pieces, opened)
+        kept = self._kept()
+        history = functools.cache(functools.partial(_History, self, kept, opened)) if kept else None
+        encode = None if self.tokenizer is None else self.tokenizer.encode
+        statistics = self.preprocessor.statistics
+        return Model(objective, *arrays, self.spec, self.preprocessor.classes, pieces, opened, history, statistics, _opened, encode)
+
+    def history(self, *, data: Mapping[str, Any] | None = None) -> Sequence[Past]:
+        """The checkpoints that `train.keep` asked to keep, oldest first, each read when it is asked for; none where it is latest.
+
+        Args:    data: as `changes` of `dataset`.
+        """
+        return _History(self, self._kept(), functools.cache(functools.partial(self.dataset, data)))
+
+    def _kept(self) -> list[int]:
+        """The steps of those checkpoints."""
+        word, _, period = str(self.config.train.keep).partition(":")
+        if word == "latest":
+            return []
+        with Checkpoints(self.path, read_only=True) as checkpoints:
+            return [step for step in checkpoints.steps() if step % int(period or 1) == 0]
 
     def explain(
         self,
@@ -231,6 +251,32 @@ class Run:
         return self._held[1]
 
 
+class _History(Sequence[Past]):
+    """Kept checkpoints, each read when it is asked for."""
+
+    def __init__(self, run: Run, steps: Sequence[int], data: Callable[[], Dataset]):
+        self._run, self._steps, self._data = run, steps, data
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return _History(self._run, self._steps[i], self._data)
+        state, step = self._run.state(self._steps[i]), self._run.assembly.step
+        extra = {name: value for name, value in state.extra.items() if name != "skipped"}
+        rate = float(state.hyper["learning_rate"] * step.schedule(state.step, step.steps))
+        return Past(self._steps[i], unstack(state.params), unstack(extra), rate, self._seen(self._steps[i]))
+
+    def _seen(self, step: int) -> np.ndarray | None:
+        """The examples of the update that followed a checkpoint; None where the run ended there."""
+        with Checkpoints(self._run.path, read_only=True) as checkpoints:
+            if step == checkpoints.latest():
+                return None
+        config = self._run.config
+        return np.asarray(Loader(self._data().split("train"), config.data.batch, seed=config.seed).indices(step))
+
+
 def select(assembly: Assembly, state: State, frozen: Tree = None, which: str = "auto") -> Weights:
     """The weights of a state that evaluate and predict use.
 
@@ -272,6 +318,14 @@ def text(
     model = (weights.params, weights.extra, weights.frozen, weights.hyper)
     made = generate(objective, *model, [ids], preprocessor.spec, tokens=tokens, sampling=sampling, seed=seed, start=start)
     return tokenizer.stream(int(token[0]) for token in made)
+
+
+def _opened(path: str) -> Model:
+    """The model of another run as explanation sees it.
+
+    Raises:  ConfigError: there is none.
+    """
+    return Run(path).model()
 
 
 def _nearest_run(path: epath.Path) -> str:

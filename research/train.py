@@ -268,7 +268,8 @@ class Training:
         state, host = checkpoints.restore("latest", self.assembly.abstract())
         clock.seconds |= host["seconds"]
         self._check_steps(int(state.step))
-        app.say(f"resuming at step {int(state.step):,}")
+        if int(state.step):  # a compressed run begins with a state of its own
+            app.say(f"resuming at step {int(state.step):,}")
         return state, host
 
     def _forked(self, clock: Clock) -> tuple[State, dict[str, Any]]:
@@ -317,7 +318,8 @@ class Training:
 
     def _loop(self, checkpoints: Checkpoints, clock: Clock) -> Loop:
         hooks = []
-        if self.config.logger.sample and self.assembly.step.objective.decoder() is not None:
+        readable = self.dataset.preprocessor.tokenizer is not None
+        if self.config.logger.sample and readable and self.assembly.step.objective.decoder() is not None:
             hooks.append(self._sample)
         if self.config.logger.histograms:
             hooks.append(self._histograms)

@@ -20,8 +20,10 @@ jaxtyping.install_import_hook(["research.layers", "research.losses", "research.m
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """One folder for this process and, through the environment, for those that tests start."""
-    settings = {"compilation_cache_dir": str(tmp_path_factory.mktemp("compilation")), "persistent_cache_min_compile_time_secs": 0.0}
+    """One folder for the processes that share the tests and, through the environment, for those that tests start."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compilation"
+    settings = {"compilation_cache_dir": str(folder), "persistent_cache_min_compile_time_secs": 0.0}
     for name, value in settings.items():
         jax.config.update(f"jax_{name}", value)
         os.environ[f"JAX_{name.upper()}"] = str(value)
@@ -95,8 +97,15 @@ def snapshot() -> Callable[[pathlib.Path], dict[str, str]]:
 
 def pytest_configure(config: pytest.Config):
     """Without the slow tests LLVM takes its short way: programs that run for milliseconds would else be compiled for most of the suite's time."""
-    if config.option.markexpr == "not slow":
-        os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {os.environ.get('XLA_FLAGS', '')}".strip()
+    flag, flags = "--xla_backend_optimization_level=1", os.environ.get("XLA_FLAGS", "")
+    if config.option.markexpr == "not slow" and flag not in flags:  # a process that shares the tests has it from the one that started it
+        os.environ["XLA_FLAGS"] = f"{flag} {flags}".strip()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc):
+    """A test that takes `every_family` runs for each of `FAMILIES`: the contracts that a model must keep."""
+    if "every_family" in metafunc.fixturenames:
+        metafunc.parametrize("every_family", FAMILIES)
 
 
 def pytest_addoption(parser: pytest.Parser):

@@ -20,6 +20,7 @@ METHODS = {
     "distill": ("finetune.steps=2",),
     "lora": ("finetune.steps=2",),
 }
+AWARE = "pipeline=[{quantize/qat:{format:int4,finetune:{steps:4}}},{quantize/nearest:{format:int4}}]"
 
 
 @pytest.fixture
@@ -67,6 +68,22 @@ def test_a_chain_makes_a_run_of_each_stage(compress):
     assert Run(folder / "stages" / "1_prune_structured").result["status"] == "finished"
 
 
+def test_what_was_trained_with_rounding_is_rounded_without_loss(compress, command):
+    folder, report = compress("mlp", AWARE)
+    aware = json.loads((folder / "stages" / "1_quantize_qat" / "result.json").read_text())["metrics"]
+    for name, row in report["metrics"].items():
+        assert row["after"][0] == pytest.approx(aware[f"{report['split']}/{name}"], rel=1e-5)
+        assert row["after"][0] != row["before"][0] or name == "accuracy"
+    assert report["sizes"]["after"]["bytes_by_type"]["int4"] > report["sizes"]["after"]["bytes_by_type"]["float32"]
+
+
+def test_all_is_trained_without_an_adapter_and_counted_once(compress):
+    folder, report = compress("mlp", "method=lora", "method.only=[]", "method.train=['**']", "finetune.steps=2")
+    assert report["sizes"]["after"]["parameters"] == report["sizes"]["before"]["parameters"]
+    weights = Run(folder).weights()
+    assert set(paths(weights.params)) == {f"trained/{path}" for path in paths(weights.frozen["own"])}
+
+
 def test_the_same_command_goes_on_after_an_interruption(compress, parent, command, tmp_path, monkeypatch):
     argv = ("method=prune/magnitude", "finetune.steps=6")
     whole, _ = compress("mlp", *argv, folder=tmp_path / "whole")
@@ -110,6 +127,8 @@ BAD = {
     "a glob": (("method=prune/magnitude", "method.only=['dence_0/*']"), "'dence_0/*' fits no layer; did you mean 'dense_0/kernel'?"),
     "calibration": (("method=prune/wanda", "calibration.examples=100000"), "calibration.examples=100000: the training split has"),
     "a data key": (("method=quantize/int8", "data.rot=here"), "data.rot: the run's data has no such key; choose from: "),
+    "nothing to train": (("method=lora", "method.only=[]", "finetune.steps=2"), "method.only=[]: nothing would be trained"),
+    "energy": (("method=quantize/int8", "ledger.energy=FRE"), "ledger.energy="),
     "no training": (("method=lora",), "method=lora is of use only when it is trained: give finetune.steps or finetune.epochs"),
 }
 

@@ -19,6 +19,7 @@ IMAGE = {"fields": fields(image=((28, 28, 1), "float32"), label=((), "int32")), 
 TABLE = {"fields": fields(features=((7,), "float32"), target=((2,), "float32")), "features": 7, "outputs": 2}
 TEXT = {"fields": fields(mask=(16,), tokens=((16,), "int32"), target=((16,), "int32")), "vocabulary": 11, "time": 16, "bytes_per_token": 1.0}
 SPECS = {"classify": IMAGE, "regress": TABLE, "language_model": TEXT}
+RELEVANCE = ("right_reasons", "attention_alignment")  # objectives that read which inputs may be used
 MODEL_OPTIONS = {
     "perceptron": ("model.outputs=3",),
     "mlp": ("model.width=[8,4]", "model.depth=0", "model.norm=batch", "model.norm=layer", "model.dropout=0.5", "model.activation=silu"),
@@ -29,7 +30,14 @@ MODEL_OPTIONS = {
     "gpt": (
         *("model.positions=sinusoidal", "model.positions=rotary", "model.activation=swiglu", "model.activation=relu", "model.norm=rms"),
         *("model.bias=false", "model.tied=false", "model.dropout=0.5", "model.scan=true", "model.remat=true", "model.scan=true model.remat=true"),
-        *("model.kv_heads=2", "model.hidden=[8,16,8,16]", "model.heads=[4,2,4,2] model.head_width=16", "model.head_width=8"),
+        *(
+            "model.kv_heads=2",
+            "model.hidden=[8,16,8,16]",
+            "model.hidden=0",
+            "model.hidden=[8,0,8,0]",
+            "model.heads=[4,2,4,2] model.head_width=16",
+            "model.head_width=8",
+        ),
     ),
 }
 
@@ -69,7 +77,12 @@ def test_no_model_is_without_options():
 
 @pytest.mark.parametrize("objective", options("objective"))
 def test_every_objective_takes_a_step(objective):
-    traced([f"objective={objective}", f"model={'gpt' if objective == 'language_model' else 'mlp'}"], SPECS[objective])
+    text = objective in ("language_model", "attention_alignment")
+    spec = SPECS.get(objective, TEXT if text else IMAGE)
+    if objective in RELEVANCE:
+        shape = (spec["time"],) if text else tuple(spec["image"])
+        spec = {**spec, "fields": {**spec["fields"], "relevance": {"shape": list(shape), "dtype": "float32"}}}
+    traced([f"objective={objective}", f"model={'gpt' if text else 'mlp'}"], spec)
 
 
 @pytest.mark.parametrize("optimizer", options("optimizer"))
@@ -114,7 +127,8 @@ def test_every_experiment_takes_a_step_and_expects_what_it_measures(name):
 def spec_of(config):
     """The spec that an experiment's data would have, as far as its config tells."""
     if "image" in config.data.spec:
-        return {**IMAGE, "fields": fields(image=(tuple(config.data.spec.image), "float32"), label=((), "int32"))}
+        declared = OmegaConf.to_container(config.data.spec).get("fields", {})
+        return {**IMAGE, "fields": {**fields(image=(tuple(config.data.spec.image), "float32"), label=((), "int32")), **declared}}
     if "features" in config.data.spec:
         n, o = config.data.features, config.data.outputs
         return {"fields": fields(features=((n,), "float32"), target=((o,), "float32")), "features": n, "outputs": o}

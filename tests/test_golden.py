@@ -40,7 +40,7 @@ def curve(family, folder, command):
     return [record["train/loss"] for record in records if "train/loss" in record]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(name, marks=pytest.mark.slow) if name == "gpt" else name for name in FAMILIES])
 def test_the_loss_curve_is_what_it_was(family, tmp_path, command, pytestconfig):
     path, losses = GOLDEN / f"{family}.json", curve(family, tmp_path, command)
     if pytestconfig.getoption("--golden-write"):

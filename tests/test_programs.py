@@ -42,6 +42,7 @@ def test_each_program_of_a_run_is_compiled_once(command, compiled, tmp_path):
     assert sum(compiled.values()) < 12  # the rest are single operations
 
 
+@pytest.mark.slow
 def test_other_values_compile_nothing(command, compiled, tmp_path):
     argv = (*MLP, "train.eval_every=null", "model.width=13")
     assert command("train", *argv, f"run_dir={tmp_path / 'first'}", "model.dropout=0.1").code == 0
@@ -54,6 +55,7 @@ def test_other_values_compile_nothing(command, compiled, tmp_path):
     assert compiled["jit(<lambda>)"] == 2  # another shape does compile: the count is no constant 0
 
 
+@pytest.mark.slow
 def test_a_language_model_is_sampled_by_two_programs_however_often(command, compiled, tmp_path):
     argv = (*GPT, *QUIET, "train.steps=12", "train.eval_every=3", f"run_dir={tmp_path / 'run'}")
     assert command("train", *argv).code == 0

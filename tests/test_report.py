@@ -6,6 +6,8 @@ import json
 import pytest
 import yaml
 
+from research.compression import ledger
+
 RUN = ("experiment=digits_mlp", "model.width=8", "model.depth=1", "train.steps=4", "train.eval_every=2", "train.log_every=2")
 QUIET = ("logger.figures=false", "logger.tensorboard=false", "logger.progress=none")
 
@@ -47,7 +49,8 @@ def test_one_row_a_run_with_the_figure(command, runs, tmp_path):
     assert list(found) == ["more/int8", "parent", "wanda"]
     assert [found["wanda"][name] for name in ("method", "bytes", "ms", "seconds", "test/accuracy")] == ["prune/wanda", "212", "4.0", "3.5", "0.9"]
     assert [found["parent"][name] for name in ("method", "bytes", "ms", "seconds")] == ["", "400", "8.0", "2.0"]  # as its children measured it
-    assert json.loads((tmp_path / "out" / "report.json").read_text())[0]["bytes"] == 100
+    first = json.loads((tmp_path / "out" / "report.json").read_text())[0]
+    assert (first["bytes"], first["intervals"]) == (100, {"test/accuracy": [0.5, 1.0]})
     assert (tmp_path / "out" / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert "quantize/int8" in told.out
 
@@ -102,9 +105,23 @@ def test_broken_folders_are_named_and_left_out(command, runs, tmp_path):
     assert "does not hold what a run writes" in said["nameless"]
 
 
+def test_settings_are_columns_and_names_of_points(command, runs, tmp_path):
+    for name, node in (("parent", {"width": [8, 16], "kernel": 3}), ("wanda", {"width": [4], "kernel": None})):
+        path = runs / name / "config.yaml"
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "model": node}))
+    told = command("report", f"runs={runs}/*", f"out={tmp_path / 'out'}", "settings=[model.width,model.kernel]", "sort=model.width")
+    assert told.code == 0, told.err
+    assert [(row["model.width"], row["model.kernel"]) for row in rows(tmp_path / "out")] == [("[4]", ""), ("[8, 16]", "3")]
+    assert "[8,16]" in told.out
+    told = command("report", f"runs={runs}/*", "settings=[model.widht]")
+    assert told.code == 2
+    assert "settings: no run here has 'model.widht'; did you mean 'model.width'?" in told.err[-1]
+
+
 BAD = {
     "no run": (("runs={folder}/nothing/**",), "fits no folder of a run"),
     "a column": (("runs={folder}/**", "sort=byte"), "sort='byte': there is no such column; did you mean 'bytes'?"),
+    "a batch": (("runs={folder}/**", "latency=0"), "latency=0: must be a number of examples, as 256, or null"),
     "a metric": (("runs={folder}/**", "metric=test/acuracy"), "metric='test/acuracy': no run here has it; did you mean 'test/accuracy'?"),
 }
 
@@ -117,15 +134,21 @@ def test_bad_input_is_told_in_one_line(case, command, runs):
     assert message in told.err[-1]
 
 
-def test_real_runs_are_read(command, tmp_path):
+def test_real_runs_are_read_and_timed(command, tmp_path, monkeypatch):
     parent, small = tmp_path / "runs" / "parent", tmp_path / "runs" / "small"
     assert command("train", *RUN, *QUIET, f"run_dir={parent}").code == 0
     little = ("calibration.examples=32", "calibration.batch=16", "ledger.latency=false", "ledger.figures=false")
     told = command("compress", f"run={parent}", f"run_dir={small}", "method=prune/magnitude", "method.sparsity=0.75", *little)
     assert told.code == 0, told.err
-    told = command("report", f"runs={tmp_path}/runs/**", f"out={tmp_path / 'out'}")
+    broken = write(tmp_path / "runs" / "zzz")  # has a result, and nothing to run
+    monkeypatch.setattr(ledger, "ROUNDS", 2)
+    told = command("report", f"runs={tmp_path}/runs/**", f"out={tmp_path / 'out'}", "latency=16")
     assert told.code == 0, told.err
-    whole, less = rows(tmp_path / "out")
+    whole, less, dead = rows(tmp_path / "out")
+    assert 0 < float(whole["ms"]) < 1e3
+    assert 0 < float(less["ms"]) < 1e3
+    assert dead["ms"] == ""
+    assert f"not timed: {broken}: " in told.out
     assert [whole["parameters"], less["method"]] == ["610", "prune/magnitude"]
     assert 0 < int(less["bytes"]) < 0.5 * int(whole["bytes"])
     assert int(whole["flops_per_example"]) == 2 * (64 * 8 + 8 * 10)

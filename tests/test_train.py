@@ -151,6 +151,7 @@ def test_evaluate_reads_every_token_of_the_part_that_was_trained_on(trained, com
     assert report["metrics"]["train/loss"] == pytest.approx(loss, rel=0.02)
 
 
+@pytest.mark.slow
 def test_evaluate_judges_a_text_with_unknown_characters_as_training_did(command, tmp_path):
     text = "the quick brown fox jumps over the lazy dog. " * 40
     (tmp_path / "text.txt").write_text(text + "é?" * 100)  # é, two bytes, is read as ?, one byte

@@ -80,7 +80,8 @@ class Adapt:
     """LoRA: low-rank adapters beside kernels that stand still; training changes the adapters alone.
 
     Args:    rank: inner size of an adapter; layers with a smaller side have that many.  alpha: scale of what the adapters add, divided by the rank.
-             only, skip: globs of the kernels that get one.  train: globs of parameters that are trained in full, as head/**; they get none.
+             only, skip: globs of the kernels that get one; only may be empty where train is not.
+             train: globs of parameters that are trained in full, as head/**; they get none.
              seed: of the adapters.  partial: leave out layers named in `only` that can have none.
     Source:  Hu et al. 2021; over a quantized base: Dettmers et al. 2023 (QLoRA).
     """
@@ -99,6 +100,8 @@ class Adapt:
             raise ConfigError(f"method.rank={self.rank}: must be at least 1")
         if not self.alpha > 0:
             raise ConfigError(f"method.alpha={self.alpha}: must be above 0, as 2 x rank")
+        if not self.only and not self.train:
+            raise ConfigError("method.only=[]: nothing would be trained; name kernels that get an adapter, or parameters in method.train")
 
     def __call__(self, subject: Subject) -> Subject:
         """The base, still, with adapters that do nothing yet.
@@ -111,7 +114,7 @@ class Adapt:
         for glob in self.train:
             if not any(matches(path, [glob]) for path in known):
                 raise ConfigError(f"method.train: {glob!r} fits no parameter{nearest(glob, known)}")
-        chosen = subject.chosen(self.only, self.skip, partial=self.partial)
+        chosen = subject.chosen(self.only, self.skip, partial=self.partial) if self.only else {}
         layers = {path: layer for path, layer in chosen.items() if not matches(path, self.train)}
         changed = self._adapted(subject, layers)
         if isinstance(subject.objective, Wrapper):

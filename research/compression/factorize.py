@@ -4,7 +4,7 @@ import abc
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -93,7 +93,7 @@ class LowRank(abc.ABC):
         Raises:  ConfigError: a layer named in `only`, or every layer, would not become smaller; the largest rank that is of use is named.
         """
         layers = subject.chosen(self.only, self.skip, partial=self.partial)
-        inputs = self._inputs(subject)
+        inputs = self._inputs(subject, layers)
         found, notes, left = {}, {}, {}
         for path, layer in layers.items():
             matrix = layer.matrix(get(subject.params, path)).astype(jnp.float32)
@@ -124,7 +124,7 @@ class LowRank(abc.ABC):
         kept = jnp.cumsum(jnp.square(values)) / jnp.maximum(jnp.square(values).sum(), 1e-30)
         return min(int((kept < self.energy).sum()) + 1, len(values))
 
-    def _inputs(self, subject: Subject) -> dict[str, Float[Array, "i i"]]:
+    def _inputs(self, subject: Subject, layers: Iterable[str]) -> dict[str, Float[Array, "i i"]]:
         """What the layers' inputs are like, where the method asks."""
         return {}
 
@@ -157,8 +157,8 @@ class Activation(LowRank):
     Source:  Chen et al. 2021 (DRONE), theorem 1; as SVD-LLM (Wang et al. 2024), which whitens with a Cholesky factor of G and inverts it.
     """
 
-    def _inputs(self, subject):
-        return {path: seen.gram for path, seen in moments(subject.objective, subject.model, subject.batches).items()}
+    def _inputs(self, subject, layers):
+        return {path: seen.gram for path, seen in moments(subject.objective, subject.model, subject.batches, layers).items()}
 
     def _directions(self, matrix, gram):
         values, vectors = jnp.linalg.eigh(gram)

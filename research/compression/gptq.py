@@ -8,8 +8,8 @@ from jaxtyping import Array, Float
 
 from research.compression.codes import Grid, encode, number_format, scales
 from research.compression.compensate import check, compensate, inverse_cholesky
-from research.compression.linear import Linear, Moments
-from research.compression.quantize import Quantization, blocks
+from research.compression.linear import Linear, Moments, blocks
+from research.compression.quantize import Quantization
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

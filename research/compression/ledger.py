@@ -10,11 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Float
 from rich.table import Table
 
 from research.compression.linear import Model
+from research.compression.subject import put
 from research.core import cost
+from research.core.energy import measured
+from research.core.tree import paths
 from research.core.types import Batch, Objective, Tree
 from research.figures import compression as figure
 
@@ -22,12 +26,31 @@ Scores = dict[str, tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]]  # met
 DRAWS = 2000  # of the bootstrap
 ROUNDS = 15  # in which both models are timed
 CALLS = 20  # of a model in one round at most
+SECONDS = 10.0  # for which a model runs while its energy is measured
+JOULES = 3.6e6  # of a kilowatt-hour
 SIZES = ("parameters", "nonzeros", "bytes", "disk_bytes")  # that are shown
 WORST = 10  # layers that the table lists
 
 
-def sizes(params: Tree, extra: Tree, frozen: Tree) -> dict[str, Any]:
-    """{parameters, nonzeros, bytes, bytes_by_type, bytes_by_form} of all that inference needs.
+def needed(objective: Objective, model: Model, batch: Batch) -> dict[str, Tree]:
+    """{params, extra, frozen}, without the arrays that no prediction reads, as the originals of parameters that were trained in full.
+
+    Args:    batch: arrays or abstract values.
+    """
+    tree, hyper = dict(zip(("params", "extra", "frozen"), model[:3], strict=True)), model[3]
+
+    def outputs(tree, hyper, batch):
+        return objective.predict(tree["params"], tree["extra"], tree["frozen"], batch, None, hyper)[0]
+
+    program = jax.make_jaxpr(outputs)(tree, hyper, batch).jaxpr
+    _, read = dce_jaxpr(program, [True] * len(program.outvars))
+    leaves, form = jax.tree.flatten(tree)
+    flags = paths(jax.tree.unflatten(form, read[: len(leaves)]))
+    return put(tree, {path: None for path, flag in flags.items() if not flag})
+
+
+def sizes(tree: Tree) -> dict[str, Any]:
+    """{parameters, nonzeros, bytes, bytes_by_type, bytes_by_form} of a tree of arrays.
 
     Bytes count each array by the bits of its type (an int4 is half a byte), scales and biases included. An array of two or more axes is counted
     in the smallest of three forms: dense; its non-zeros and a mask of one bit an entry (what the index of a 2:4 pattern comes to as well); its
@@ -36,7 +59,7 @@ def sizes(params: Tree, extra: Tree, frozen: Tree) -> dict[str, Any]:
     parameters = nonzeros = 0
     types: dict[str, float] = {}
     forms: dict[str, float] = {}
-    for leaf in jax.tree.leaves((params, extra, frozen)):
+    for leaf in jax.tree.leaves(tree):
         width, filled = bit_width(leaf.dtype), int(np.count_nonzero(np.asarray(leaf)))
         bits = {"dense": leaf.size * width}
         if leaf.ndim > 1:
@@ -119,13 +142,16 @@ def metrics(before: Scores, after: Scores) -> dict[str, Mapping[str, Any]]:
     }
 
 
-def costs(before: tuple[Objective, Model], after: tuple[Objective, Model], batch: Batch, *, timed: bool = True) -> dict[str, Any]:
-    """{flops_per_example: {before, after}, latency: as `latency` gives it, unless it is not to be `timed`}.
+def costs(
+    before: tuple[Objective, Model], after: tuple[Objective, Model], batch: Batch, *, timed: bool = True, country: str | None = None
+) -> dict[str, Any]:
+    """{flops_per_example: {before, after}, latency: as `latency` gives it where it is `timed`, energy: as `energy` does where there is a country}.
 
     Args:    before, after: objective and arrays.  batch: one full batch.
     """
     flops = {name: cost.flops_per_example(*program, batch) for name, program in (("before", before), ("after", after))}
-    return {"flops_per_example": flops} | ({"latency": latency(before, after, batch)} if timed else {})
+    timings = {"latency": latency(before, after, batch)} if timed else {}
+    return {"flops_per_example": flops, **timings} | ({} if country is None else {"energy": energy(before, after, batch, country)})
 
 
 def latency(before: tuple[Objective, Model], after: tuple[Objective, Model], batch: Batch) -> dict[str, Any]:
@@ -136,19 +162,39 @@ def latency(before: tuple[Objective, Model], after: tuple[Objective, Model], bat
     """
     result = {}
     for rows in dict.fromkeys((1, len(batch["mask"]))):
-        part = jax.device_put({name: x[:rows] for name, x in batch.items()})
-        programs = {name: _program(*program, part) for name, program in (("before", before), ("after", after))}
-        rounds = _rounds(programs)
-        ratios = [float(np.median(times["before"]) / np.median(times["after"])) for times in rounds]
+        part = {name: x[:rows] for name, x in batch.items()}
+        programs = {name: program(*of, part) for name, of in (("before", before), ("after", after))}
+        seconds = rounds(programs)
+        ratios = [float(np.median(times["before"]) / np.median(times["after"])) for times in seconds]
         low, middle, high = np.percentile(ratios, [25, 50, 75])
-        result[str(rows)] = {name: _summary([t for times in rounds for t in times[name]], rows) for name in programs}
+        result[str(rows)] = {name: _summary([t for times in seconds for t in times[name]], rows) for name in programs}
         result[str(rows)]["speedup"] = [float(middle), float(low), float(high)]
     return result
 
 
-def _program(objective: Objective, model: Model, batch: Batch) -> Callable[[], Any]:
-    """The compiled predict program, ready to run."""
-    model = jax.device_put(model)
+def energy(before: tuple[Objective, Model], after: tuple[Objective, Model], batch: Batch, country: str) -> dict[str, Any]:
+    """{rows: of the batch, before, after: joules an example, method: how they were measured}.
+
+    Each compiled predict program runs alone for ten seconds. The whole machine counts, what it takes when idle included.
+
+    Args:    country: as of `research.core.energy.measured`.
+    """
+    found: dict[str, Any] = {"rows": len(batch["mask"])}
+    for name, of in (("before", before), ("after", after)):
+        run, calls = program(*of, batch), 0
+        _timed(run, 3)
+        with measured(country, "ledger.energy") as used:
+            began = time.perf_counter()
+            while time.perf_counter() - began < SECONDS:
+                run()
+                calls += 1
+        found |= {name: used["energy_kwh"] * JOULES / (calls * found["rows"]), "method": used["energy_method"]}
+    return found
+
+
+def program(objective: Objective, model: Model, batch: Batch) -> Callable[[], Any]:
+    """The compiled predict program, ready to run, its arrays on the device."""
+    model, batch = jax.device_put((model, batch))
     compiled = _outputs.lower(objective, *model, batch).compile()
     return lambda: jax.block_until_ready(compiled(*model, batch))
 
@@ -158,7 +204,7 @@ def _outputs(objective, params, extra, frozen, hyper, batch):
     return objective.predict(params, extra, frozen, batch, None, hyper)[0]
 
 
-def _rounds(programs: Mapping[str, Callable[[], Any]]) -> list[dict[str, list[float]]]:
+def rounds(programs: Mapping[str, Callable[[], Any]]) -> list[dict[str, list[float]]]:
     """The seconds of each call, round by round; a slow model is called less often."""
     for program in programs.values():
         _timed(program, 3)
@@ -196,11 +242,18 @@ def draw(report: Mapping[str, Any], path: epath.PathLike) -> None:
     for rows, row in report.get("latency", {}).items():
         costs[f"ms, batch {rows}"] = (row["before"]["median_ms"], row["after"]["median_ms"])
     metrics = {name: (row["before"], row["after"]) for name, row in report["metrics"].items()}
-    figure.ledger(costs, metrics, path, title=f"{report['method']}, {report['split']}")
+    figure.ledger(costs, metrics, path, title=f"{_methods(report)}, {report['split']}")
+
+
+def _methods(report: Mapping[str, Any]) -> str:
+    """The method, or those of a chain in order."""
+    return " + ".join(stage["method"] for stage in report.get("stages", [report]))
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title, box=None, header_style="bold", pad_edge=False)
+    """Its title stands above it, so that it does not widen the first column."""
+    table = Table("", title=title, title_justify="left", title_style="bold", box=None, header_style="bold", pad_edge=False)
+    table.min_width = len(title)
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
     return table
@@ -208,7 +261,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def _scores_table(report: Mapping[str, Any]) -> Table:
     examples = max((row["examples"] for row in report["metrics"].values()), default=0)
-    table = _table(f"{report['method']}, {report['split']}, {examples:,} examples", "before", "after", "change", "95 % interval")
+    table = _table(f"{_methods(report)}, {report['split']}, {examples:,} examples", "before", "after", "change", "95 % interval")
     for name, row in report["metrics"].items():
         change, low, high = row["change"]
         table.add_row(name, f"{row['before'][0]:.4f}", f"{row['after'][0]:.4f}", f"{change:+.4f}", f"{low:+.4f} to {high:+.4f}")
@@ -216,7 +269,7 @@ def _scores_table(report: Mapping[str, Any]) -> Table:
 
 
 def _cost_table(report: Mapping[str, Any]) -> Table:
-    table = _table("cost", "before", "after", "after / before", "")
+    table = _table("cost", "before", "after", "ratio", "")
     for name in SIZES:
         if name in report["sizes"]["after"]:
             before, after = (report["sizes"][which][name] for which in ("before", "after"))
@@ -225,14 +278,18 @@ def _cost_table(report: Mapping[str, Any]) -> Table:
     if flops := report.get("flops_per_example"):
         share = f"{flops['after'] / flops['before']:.1%}" if flops["before"] else ""
         table.add_row("FLOPs per example", f"{flops['before']:,}", f"{flops['after']:,}", share, "")
-    if "latency" in report:
-        table.caption, table.caption_justify = f"times on {report.get('device', 'this machine')}", "left"
+    captions = [f"times on {report.get('device', 'this machine')}"] if "latency" in report else []
     for rows, row in report.get("latency", {}).items():
         before, after, (middle, low, high) = row["before"], row["after"], row["speedup"]
         note = f"{middle:.2f}x as fast ({low:.2f} to {high:.2f})"
-        table.add_row(f"ms, batch {rows}", f"{before['median_ms']:.3f}", f"{after['median_ms']:.3f}", f"{1 / middle:.1%}", note)
+        table.add_row(f"ms, batch {rows}", f"{before['median_ms']:.3f}", f"{after['median_ms']:.3f}", "", note)
         table.add_row("  95th percentile", f"{before['p95_ms']:.3f}", f"{after['p95_ms']:.3f}", "", "")
         table.add_row("  examples/s", f"{before['examples_per_s']:,.0f}", f"{after['examples_per_s']:,.0f}", "", "")
+    if energy := report.get("energy"):
+        before, after = energy["before"], energy["after"]
+        table.add_row(f"J an example, batch {energy['rows']}", f"{before:.3g}", f"{after:.3g}", f"{after / before:.1%}" if before else "", "")
+        captions.append(f"energy by {energy['method']}")
+    table.caption, table.caption_justify = "\n".join(captions) or None, "left"
     return table
 
 

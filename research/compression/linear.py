@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
@@ -117,24 +118,28 @@ def linear_layers(objective: Objective, model: Model, batch: Batch) -> dict[str,
     return found
 
 
-def moments(objective: Objective, model: Model, batches: Iterable[Batch]) -> dict[str, Moments]:
-    """The moments of the inputs of every linear layer, over all rows of these batches that count.
+def moments(objective: Objective, model: Model, batches: Iterable[Batch], only: Iterable[str] | None = None) -> dict[str, Moments]:
+    """The moments of the inputs of linear layers, over all rows of these batches that count.
 
     Embeddings have them only where they are the head.
+
+    Args:    only: the kernels whose layers are asked for; None: all.
     """
     total: dict[str, Moments] = {}
+    paths = None if only is None else tuple(only)
     for batch in batches:
-        part = _moments(objective, *model, batch)
+        part = _moments(objective, paths, *model, batch)
         total = {path: total[path] + part[path] for path in part} if total else part
     return total
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _moments(objective, params, extra, frozen, hyper, batch):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _moments(objective, only, params, extra, frozen, hyper, batch):
+    """What comes after the last layer that is asked for is no part of the program."""
     found: dict[str, Moments] = {}
 
     def see(layer: Linear, x: Array) -> None:
-        if not jnp.issubdtype(x.dtype, jnp.floating):  # an embedding that looks up
+        if not jnp.issubdtype(x.dtype, jnp.floating) or (only is not None and layer.path not in only):  # an embedding that looks up
             return
         rows, count = layer.rows(x, batch.get("mask"))
         gram = jnp.matmul(rows.T, rows, precision="highest")
@@ -144,6 +149,20 @@ def _moments(objective, params, extra, frozen, hyper, batch):
     with watching(see):
         objective.predict(params, extra, frozen, batch, None, hyper)
     return found
+
+
+def blocks(layers: Iterable[str]) -> list[list[str]]:
+    """The paths in runs of one first component, `block_0` or `head`."""
+    return [list(paths) for _, paths in itertools.groupby(layers, key=lambda path: path.partition("/")[0])]
+
+
+def relative_error(matrix: Float[Array, "i o"], changed: Float[Array, "i o"], gram: Float[Array, "i i"] | None) -> Float[Array, ""]:
+    """‖X (W - W')‖ / ‖X W‖, or ‖W - W'‖ / ‖W‖ where there is no Gram matrix XᵀX; 0 where the layer does nothing."""
+
+    def square(matrix):
+        return jnp.vdot(matrix, matrix if gram is None else jnp.matmul(gram, matrix, precision="highest"))
+
+    return jnp.sqrt(jnp.maximum(square(matrix - changed), 0.0) / jnp.maximum(square(matrix), 1e-30))
 
 
 def _layer(module: nn.Module) -> Linear | None:

@@ -3,11 +3,10 @@
 import abc
 import dataclasses
 import functools
-import itertools
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from research.compression.compensate import check, compensate, inverse_cholesky
-from research.compression.linear import Linear, Moments, moments
+from research.compression.linear import Linear, Moments, blocks, moments, relative_error
 from research.compression.subject import Subject, get, put
 from research.core.errors import ConfigError
 from research.core.keys import named
@@ -203,7 +202,7 @@ class Scored(Pruning):
             zeros = _smallest_of_all(self, tuple(layers.items()), arrays)
         else:
             zeros = {path: _smallest(self, _nameless(layer), sparsities[path], *arrays[path]) for path, layer in layers.items()}
-        seen = moments(subject.objective, subject.model, subject.batches)
+        seen = moments(subject.objective, subject.model, subject.batches, layers)
         kernels, notes = {}, {}
         for path, layer in layers.items():
             kernels[path], note = _zeroed(_nameless(layer), arrays[path][0], zeros[path], seen[path])
@@ -275,8 +274,8 @@ class Calibrated(Pruning):
     def prune(self, subject: Subject, layers: Mapping[str, Linear], sparsities: Mapping[str, float]) -> tuple[Tree, dict[str, dict[str, float]]]:
         """(parameters with zeros, notes on each layer)."""
         params, notes = subject.params, {}
-        for block in _blocks(layers) if self.sequential else [list(layers)]:
-            seen = moments(subject.objective, (params, *subject.model[1:]), subject.batches)
+        for block in blocks(layers) if self.sequential else [list(layers)]:
+            seen = moments(subject.objective, (params, *subject.model[1:]), subject.batches, block)
             kernels = {}
             for path in block:
                 self._require_data(path, seen[path])
@@ -420,11 +419,6 @@ def _gradient(objective: Objective, params, extra, frozen, hyper, batch: Batch, 
     return jax.grad(loss)(params)
 
 
-def _blocks(layers: Iterable[str]) -> list[list[str]]:
-    """The paths in runs of one first component, `block_0` or `head`."""
-    return [list(paths) for _, paths in itertools.groupby(layers, key=lambda path: path.partition("/")[0])]
-
-
 def _nameless(layer: Linear) -> Linear:
     """The layer without its path: layers of one size share a program."""
     return dataclasses.replace(layer, path="")
@@ -462,13 +456,10 @@ def _calibrated(method: Calibrated, layer: Linear, sparsity: float, kernel: Arra
 
 
 def _note(matrix: Float[Array, "i o"], pruned: Float[Array, "i o"], seen: Moments) -> dict[str, Float[Array, ""]]:
-    """What the ledger says of a layer: its share of zeros, and ||X(W - W')|| / ||XW||, NaN where there is no data."""
-
-    def square(matrix):
-        return jnp.vdot(matrix, jnp.matmul(seen.gram, matrix, precision="highest"))
-
+    """What the ledger says of a layer: its share of zeros, and how far its outputs are off, NaN where there is no data."""
     matrix, pruned = matrix.astype(jnp.float32), pruned.astype(jnp.float32)
-    return {"sparsity": (pruned == 0).mean(dtype=jnp.float32), "error": jnp.sqrt(square(matrix - pruned) / square(matrix))}
+    error = jnp.where(seen.count > 0, relative_error(matrix, pruned, seen.gram), jnp.nan)
+    return {"sparsity": (pruned == 0).mean(dtype=jnp.float32), "error": error}
 
 
 def _numbers(note: Mapping[str, Array]) -> dict[str, float]:

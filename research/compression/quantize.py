@@ -3,7 +3,6 @@
 import abc
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from research.compression.codes import INTEGERS, Grid, encode, number_format, scales
-from research.compression.linear import Kind, Linear, Moments, moments
+from research.compression.linear import Kind, Linear, Moments, moments, relative_error
 from research.compression.quantized import EIGHT, Activations, FakeQuantized, Quantized, decoded, transposed
 from research.compression.subject import Subject, get, put
 from research.compression.wrapper import Wrapper
@@ -107,7 +106,7 @@ class Quantization(abc.ABC):
         params, own, notes = subject.params, {}, {}
         for stage in self.stages(layers):
             asked = any(self.needs(layers[path][0]) for path in stage)
-            seen = moments(subject.objective, (params, *subject.model[1:]), subject.batches) if asked else {}
+            seen = moments(subject.objective, (params, *subject.model[1:]), subject.batches, stage) if asked else {}
             kernels = {}
             for path in stage:
                 layer, group = layers[path]
@@ -203,20 +202,6 @@ def chosen(subject: Subject, group: int | None, only: tuple[str, ...], skip: tup
 def specs(layers: Mapping[str, tuple[Linear, int | None]]) -> list[list[Any]]:
     """The layers as a config holds them."""
     return [[path, layer.kind, list(layer.shape), layer.inputs, group] for path, (layer, group) in layers.items()]
-
-
-def blocks(layers: Iterable[str]) -> list[list[str]]:
-    """The paths in runs of one first component, `block_0` or `head`."""
-    return [list(paths) for _, paths in itertools.groupby(layers, key=lambda path: path.partition("/")[0])]
-
-
-def relative_error(matrix: Float[Array, "i o"], changed: Float[Array, "i o"], gram: Float[Array, "i i"] | None) -> Float[Array, ""]:
-    """‖X (W - W')‖ / ‖X W‖, or ‖W - W'‖ / ‖W‖ where there is no Gram matrix XᵀX; 0 where the layer does nothing."""
-
-    def square(matrix):
-        return jnp.vdot(matrix, matrix if gram is None else jnp.matmul(gram, matrix, precision="highest"))
-
-    return jnp.sqrt(jnp.maximum(square(matrix - changed), 0.0) / jnp.maximum(square(matrix), 1e-30))
 
 
 def _group(layer: Linear, group: int | None, partial: bool) -> int | None:

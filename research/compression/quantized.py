@@ -92,6 +92,11 @@ class Quantized(Wrapper):
         decoder = super().decoder()
         return None if decoder is None else QuantizedDecoder(self, decoder)
 
+    def keeping(self, decoder: Decoder) -> Decoder:
+        """The decoder with its cache as `cache` says."""
+        inner = super().keeping(decoder)
+        return inner if self.cache is None else EightBitCache(inner)
+
     def vector_products(self, frozen: Tree) -> contextlib.AbstractContextManager[Any]:
         """The context in which a layer that multiplies a single row decodes its kernel in the product itself: no float kernel is written.
 
@@ -127,12 +132,9 @@ class Quantized(Wrapper):
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedDecoder:
-    """A decoder that multiplies a single row with codes, and where asked for keeps keys and values as eight-bit codes, with a scale for each
-    position and head.
+    """A decoder that multiplies a single row with codes.
 
-    A position is rounded once, when it is written; later calls leave its codes as they are.
-
-    Args:    wrapper: whose decoder it is.  decoder: its cache is a dict with `length`, and holds `key` and `value`, each b g s k, wherever it likes.
+    Args:    wrapper: whose decoder it is.
     """
 
     wrapper: Quantized
@@ -140,17 +142,40 @@ class QuantizedDecoder:
 
     def begin(self, params: Tree, extra: Tree, frozen: Tree, batch: Batch, length: int, hyper: Hyper) -> Tree:
         """As the decoder's."""
-        cache = self.decoder.begin(params, extra, frozen, batch, length, hyper)
-        return cache if self.wrapper.cache is None else _cache_encoded(cache)
+        return self.decoder.begin(params, extra, frozen, batch, length, hyper)
 
     def advance(
         self, params: Tree, extra: Tree, frozen: Tree, cache: Tree, tokens: Int[Array, "b n"], hyper: Hyper
     ) -> tuple[Float[Array, "b n v"], Tree]:
         """As the decoder's."""
         with self.wrapper.vector_products(frozen):
-            if self.wrapper.cache is None:
-                return self.decoder.advance(params, extra, frozen, cache, tokens, hyper)
-            logits, longer = self.decoder.advance(params, extra, frozen, _cache_decoded(cache), tokens, hyper)
+            return self.decoder.advance(params, extra, frozen, cache, tokens, hyper)
+
+    def rewind(self, cache: Tree, length: Int[Array, "b"]) -> Tree:
+        """As the decoder's."""
+        return self.decoder.rewind(cache, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class EightBitCache:
+    """A decoder that keeps keys and values as eight-bit codes, with a scale for each position and head.
+
+    A position is rounded once, when it is written; later calls leave its codes as they are.
+
+    Args:    decoder: its cache is a dict with `length`, and holds `key` and `value`, each b g s k, wherever it likes.
+    """
+
+    decoder: Decoder
+
+    def begin(self, params: Tree, extra: Tree, frozen: Tree, batch: Batch, length: int, hyper: Hyper) -> Tree:
+        """The decoder's cache with codes in it."""
+        return _cache_encoded(self.decoder.begin(params, extra, frozen, batch, length, hyper))
+
+    def advance(
+        self, params: Tree, extra: Tree, frozen: Tree, cache: Tree, tokens: Int[Array, "b n"], hyper: Hyper
+    ) -> tuple[Float[Array, "b n v"], Tree]:
+        """As the decoder's, on keys and values that the codes stand for."""
+        logits, longer = self.decoder.advance(params, extra, frozen, _cache_decoded(cache), tokens, hyper)
         written = cache["length"][:, None, None, None]
 
         def kept(old, new):

@@ -8,8 +8,7 @@ from jaxtyping import Array, Float
 
 from research.compression.codes import number_format
 from research.compression.gptq import Calibrated
-from research.compression.linear import Linear, Moments
-from research.compression.quantize import relative_error
+from research.compression.linear import Linear, Moments, relative_error
 from research.compression.quantized import Activations, decoded
 from research.core.errors import ConfigError
 

@@ -92,7 +92,11 @@ class Wrapper(abc.ABC):
     def decoder(self) -> Decoder | None:
         """The plain objective's decoder over the plain model's parameters."""
         inner = self.plain.decoder()
-        return None if inner is None else WrappedDecoder(self, inner)
+        return None if inner is None else WrappedDecoder(self, self.keeping(inner))
+
+    def keeping(self, decoder: Decoder) -> Decoder:
+        """The plain objective's decoder with its cache in the form in which this objective, or one inside, wants it kept."""
+        return self.objective.keeping(decoder) if isinstance(self.objective, Wrapper) else decoder
 
 
 @dataclasses.dataclass(frozen=True)

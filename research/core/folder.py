@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,21 @@ def _shipped(name: str) -> epath.Path:
         if (place / name).is_dir():
             return epath.Path(place / name)
     raise ConfigError(f"there is no folder {name}/ in {_PACKAGE} or in {_PACKAGE.parent}: install the package again")
+
+
+def described(group: str, room: str = "") -> dict[str, str]:
+    """{option: the first line of its file, which says what it is} of the options in conf/<group>/, sorted.
+
+    Args:    room: only those whose `_target_` begins so, as "research.explanation."; "": all.
+    """
+    root, found = conf() / group, {}
+    for path in sorted(pathlib.Path(root).rglob("*.yaml")):
+        text = path.read_text()
+        target = re.search(r"^_target_:\s*(\S+)", text, re.MULTILINE)
+        if not room or (target and target[1].startswith(room)):
+            first = text.partition("\n")[0]
+            found[path.relative_to(root).with_suffix("").as_posix()] = first.lstrip("# ") if first.startswith("#") else ""
+    return found
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

@@ -1,6 +1,7 @@
 """Overrides such as `model=gpt` or `train.steps=100`, checked before Hydra composes: it takes a misspelt `+group=…` for a new key and runs."""
 
 import difflib
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -41,6 +42,8 @@ class Composer:
     def __init__(self, verb: str, conf: str | None = None, extra: str | None = None):
         setup_globals()  # the resolvers ${now:} and ${hydra:}
         OmegaConf.register_new_resolver("direction", direction, replace=True)
+        OmegaConf.register_new_resolver("draw", draw, replace=True)
+        OmegaConf.register_new_resolver("described", _described, replace=True)  # for --help
         self.verb = verb
         path = create_config_search_path(conf or str(folder.conf()))
         if extra:
@@ -161,6 +164,23 @@ class Composer:
         for i, options in enumerate(lines):
             for option in options[1:]:
                 yield [*first[:i], option, *first[i + 1 :]]
+
+
+def draw(seed: int, name: str, choices: Sequence[Any]) -> Any:
+    """One of the choices by lot, the same for the same seed and name: `${draw:${seed},width,[64,128]}` makes a random search of `-m seed=range(16)`.
+
+    Raises:  ValueError: there is no choice.
+    """
+    if not choices:
+        raise ValueError(f"draw: {name} has no choice")
+    return choices[int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big") % len(choices)]
+
+
+def _described(group: str, room: str) -> str:
+    """The options of a group that belong to a room, a line each, with what their files say first."""
+    options = folder.described(group, room)
+    width = max(map(len, options), default=0)
+    return "\n".join(f"  {name:{width}}  {text}".rstrip() for name, text in options.items())
 
 
 def explain(error: Exception, config: Any = None) -> ConfigError:

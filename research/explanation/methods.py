@@ -6,11 +6,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import yaml
 
 from research.core import folder
 from research.core.build import build
-from research.core.config import compose, resolved
+from research.core.config import read_config, resolved
 from research.core.errors import ConfigError, nearest
 from research.explanation.model import Examples, Model
 from research.explanation.result import Attribution, Method, Result
@@ -20,35 +19,52 @@ ROOM = "research.explanation."
 
 def names() -> list[str]:
     """The methods of this room that conf/method/ describes."""
-    files = folder.conf() / "method"
-    return sorted(path.stem for path in files.glob("*.yaml") if str(yaml.safe_load(path.read_text()).get("_target_", "")).startswith(ROOM))
+    return list(folder.described("method", ROOM))
 
 
 def node(name: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The config of a method, with these settings changed.
 
-    Raises:  ConfigError: no such method, or no such setting of it.
+    Raises:  ConfigError: no such method, no such setting of it, or one that has no default and is not given.
     """
-    if name not in (known := names()):
-        raise ConfigError(f"method={name} explains nothing{nearest(name, known)}")
-    found = resolved(compose([f"method={name}"], verb="explain").method)
+    known = names()
+    if name not in known:
+        other = "" if name not in folder.described("method") else ": it compresses, see research.compress"
+        raise ConfigError(f"method={name} explains nothing{other or nearest(name, known)}")
+    found = _default(name)
     for setting in settings or {}:
         if setting not in found:
             raise ConfigError(f"{name} has no setting {setting!r}{nearest(setting, [key for key in found if not key.startswith('_')])}")
-    return {**found, **(settings or {})}
+    merged = {**found, **(settings or {})}
+    for setting, value in merged.items():
+        if isinstance(value, str) and value == "???":
+            raise ConfigError(f"{name}: {setting} is not given; add method.{setting}=VALUE, or method=[{{{name}:{{{setting}:VALUE}}}}]")
+    return merged
 
 
-def explain(model: Model, name: str, config: Mapping[str, Any], examples: Examples | None, seed: int = 0) -> Result:
-    """One explanation: the method built, held against the model, and applied.
+def prepare(model: Model, name: str, config: Mapping[str, Any], examples: Examples | None) -> Method:
+    """A method, built and held against the model and the examples before anything is computed.
 
-    Args:    name: of the method.  config: its node.  examples: what to explain; None for a method that reads nothing.  seed: of what it draws by lot.
-    Raises:  ConfigError: a method that does not fit the model, with those that do; settings that do not; no examples where some are needed.
+    Args:    name: of the method.  config: its node.  examples: what to explain; None for a method that reads nothing.
+    Raises:  ConfigError: a method that does not fit the model, with those that do; a tap that does not exist; no examples where some are needed.
     """
     method: Method = build(config, where="method")
     if (why := method.fits(model)) is not None:
         raise ConfigError(f"method={name} does not fit this run: {why}; these do: {', '.join(fitting(model))}")
+    at = getattr(method, "at", None)
+    if isinstance(at, str) and not set("*?[") & set(at):
+        model.require(at)
     if examples is None and method.reads == "examples":
         raise ConfigError(f"method={name} explains examples: give input=PATH, index=NUMBERS of the run's own data, or prompt=TEXT")
+    return method
+
+
+def apply(method: Method, model: Model, name: str, config: Mapping[str, Any], examples: Examples | None, seed: int = 0) -> Result:
+    """What a prepared method finds, with its name and settings.
+
+    Args:    name, config, examples: as of `prepare`.  seed: of what it draws by lot.
+    Raises:  ConfigError: settings that do not fit the model or the examples; an attribution that is not finite.
+    """
     result = method(model, examples, jax.random.key(seed))
     told = {key: value for key, value in config.items() if not key.startswith("_")}
     known = {"method": name, "settings": told, "names": tuple(examples.names) if examples is not None else ()}
@@ -59,9 +75,19 @@ def explain(model: Model, name: str, config: Mapping[str, Any], examples: Exampl
     return dataclasses.replace(result, **known)
 
 
+def explain(model: Model, name: str, config: Mapping[str, Any], examples: Examples | None, seed: int = 0) -> Result:
+    """One explanation: `prepare` and `apply`."""
+    return apply(prepare(model, name, config, examples), model, name, config, examples, seed)
+
+
 def fitting(model: Model) -> list[str]:
     """The methods that can explain this model, at their default settings."""
-    return [name for name in names() if build(node(name), where="method").fits(model) is None]
+    return [name for name in names() if build(_default(name), where="method").fits(model) is None]
+
+
+def _default(name: str) -> dict[str, Any]:
+    """The node in a method's file, which stands for itself: it refers to nothing else."""
+    return resolved(read_config(folder.conf() / "method" / f"{name}.yaml"))
 
 
 def _require_finite(result: Attribution, name: str) -> None:

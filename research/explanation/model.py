@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from research.core.errors import ConfigError, nearest
 from research.core.spec import Spec, abstract_batch
@@ -32,12 +32,14 @@ class Past:
     """A checkpoint that the run kept.
 
     Args:    step: updates made before.  params, extra: as they were then.  rate: learning rate of the update that followed.
+             seen: numbers of the training examples of that update, in the order of the loader; None: none followed.
     """
 
     step: int
     params: Tree
     extra: Tree
     rate: float
+    seen: Int[np.ndarray, "n"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +49,10 @@ class Model:
     Args:    objective: its pure function.  params, extra, frozen, hyper: what that is called with.
              spec: shapes of the data.  classes: their names, by number; empty where there are none.
              pieces: UTF-8 bytes of each token; None for a model that reads no text.
-             data: opens the run's data; None: there is none.  history: the run's kept checkpoints, oldest first; None: unknown.
+             data: opens the run's data; None: there is none.  history: the run's kept checkpoints, oldest first; None: it kept none.
+             statistics: `<field>_mean` and `<field>_std` of what was standardised, to tell numbers in the data's own units.
+             open: the model of another run, by its path; None: others cannot be reached.
+             encode: from text to tokens; None for a model that reads no text.
     """
 
     objective: Objective
@@ -60,6 +65,9 @@ class Model:
     pieces: Sequence[bytes] | None = None
     data: Callable[[], Data] | None = None
     history: Callable[[], Sequence[Past]] | None = None
+    statistics: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    open: Callable[[str], "Model"] | None = None
+    encode: Callable[[str], np.ndarray] | None = None
 
     @functools.cached_property
     def arrays(self) -> tuple[Tree, Tree, Tree, Hyper]:
@@ -74,7 +82,15 @@ class Model:
     @functools.cached_property
     def taps(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape and dtype of every tap for one example, without computing anything; in the order in which they are recorded."""
-        return jax.eval_shape(functools.partial(_predict, self.objective), self.arrays, abstract_batch(self.spec, 1), None)[1]
+        order: list[str] = []
+
+        def recorded(arrays, batch):
+            taps = _predict(self.objective, arrays, batch, None)[1]
+            order.extend(taps)
+            return taps
+
+        found = jax.eval_shape(recorded, self.arrays, abstract_batch(self.spec, 1))  # a tree comes back sorted by name
+        return {name: found[name] for name in order}
 
     @functools.cached_property
     def outputs(self) -> tuple[int, ...]:
@@ -116,23 +132,30 @@ class Examples:
 
     Args:    batch: fields as the model reads them, with `mask` and `index`; never padded with whole rows.  names: of the examples.
              target: the number of the output, b 1; for an output at each position (position, number), b 2.
+             scored: of a text, the positions whose next token the data asks about; `mask` also has those before, which the model reads. None: all.
     """
 
     batch: Batch
     names: Sequence[str]
     target: Int[np.ndarray, "b k"]
+    scored: Bool[np.ndarray, "b t"] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
     def row(self, i: int) -> "Examples":
         """One of them."""
-        return Examples({name: x[i : i + 1] for name, x in self.batch.items()}, self.names[i : i + 1], self.target[i : i + 1])
+        scored = None if self.scored is None else self.scored[i : i + 1]
+        return Examples({name: x[i : i + 1] for name, x in self.batch.items()}, self.names[i : i + 1], self.target[i : i + 1], scored)
 
     @property
     def mask(self) -> np.ndarray:
         """Which positions of each example count: b t; of an input without positions: b."""
         return np.asarray(self.batch["mask"])
+
+    def length(self, i: int) -> int:
+        """Positions of an example that count, from the first on."""
+        return int(self.mask[i].sum())
 
 
 def examples(model: Model, batch: Batch, names: Sequence[str] | None = None, target: Any = None, position: int | None = None) -> Examples:
@@ -145,6 +168,10 @@ def examples(model: Model, batch: Batch, names: Sequence[str] | None = None, tar
     rows = len(batch["mask"])
     batch = {"index": np.arange(rows, dtype=np.int32), **batch}
     _check_shape(model, batch)
+    scored = None
+    if model.field == "tokens":
+        scored = np.asarray(batch["mask"])
+        batch["mask"] = np.arange(scored.shape[1]) < _read_until(scored)[:, None]
     known = names or [f"example {i}" for i in range(rows)]
     values = np.asarray(model.read(batch)[0])
     sequential = len(model.outputs) == 2
@@ -159,7 +186,7 @@ def examples(model: Model, batch: Batch, names: Sequence[str] | None = None, tar
         raise ConfigError(f"target lists {len(each)} outputs for {rows} examples")
     likeliest = values.argmax(-1) if _classes(model) else np.zeros(rows, np.int64)
     chosen = np.array([int(best) if one is None else _number(model, one) for one, best in zip(each, likeliest, strict=True)], np.int32)
-    return Examples(batch, known, np.stack([places, chosen], 1) if places is not None else chosen[:, None])
+    return Examples(batch, known, np.stack([places, chosen], 1) if places is not None else chosen[:, None], scored)
 
 
 def replaced(value: Any) -> tuple[Any, Any]:
@@ -205,6 +232,11 @@ def _check_shape(model: Model, batch: Batch) -> None:
         raise ConfigError(f"an example has the shape {found}, and the model reads {wanted}")
     if model.field == "tokens" and not 0 < found[0] <= wanted[0]:
         raise ConfigError(f"a text of {found[0]} tokens: this model reads 1 to {wanted[0]}")
+
+
+def _read_until(scored: np.ndarray) -> np.ndarray:
+    """How many positions of each row go up to the last that counts: some data asks about some tokens only, but the model reads all before."""
+    return np.where(scored.any(1), scored.shape[1] - scored[:, ::-1].argmax(1), 0)
 
 
 def _places(mask: np.ndarray, position: int | None) -> np.ndarray:

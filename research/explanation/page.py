@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from research.explanation.result import Result
+from research.explanation.result import Attribution, Result
 from research.figures import explanation as draw
 
 STYLE = """
@@ -32,10 +32,11 @@ def page(title: str, results: Sequence[Result], *, facts: Mapping[str, Any], war
     names = next((result.names for result in results if result.names), ())
     parts = [f"<h1>{html.escape(title)}</h1>", _mapping(facts), *(f'<p class="warning">{html.escape(text)}</p>' for text in warnings)]
     for i, name in enumerate(names):
-        shown = [(result, panel) for result in results for panel in result.panels(i)]
-        if shown:
-            blocks = "".join(f"<div>{_panel(panel)}{_told(result, i)}</div>" for result, panel in shown)
-            parts.append(f'<h2>{html.escape(str(name))}</h2><div class="side">{blocks}</div>')
+        blocks = [f"<div>{''.join(map(_panel, panels))}{_told(result, i)}</div>" for result in results if (panels := result.panels(i))]
+        if blocks:
+            first = next((result.pictured(i) for result in results if isinstance(result, Attribution)), ())
+            blocks = [*(f"<div>{_panel(panel)}</div>" for panel in first), *blocks]
+            parts.append(f'<h2>{html.escape(str(name))}</h2><div class="side">{"".join(blocks)}</div>')
     for result in results:
         if drawn := getattr(result, "drawn", ()):
             blocks = "".join(f"<div>{_panel(panel)}</div>" for panel in drawn)
@@ -49,24 +50,26 @@ def page(title: str, results: Sequence[Result], *, facts: Mapping[str, Any], war
 
 
 def _panel(panel: draw.Panel) -> str:
-    title = f"<h3>{html.escape(panel.title)}</h3>" if isinstance(panel, draw.Tokens | draw.Rows) else ""
+    title = f"<h3>{html.escape(panel.title)}</h3>" if panel.title and isinstance(panel, draw.Tokens | draw.Rows) else ""
     if isinstance(panel, draw.Tokens):
         return title + _tokens(panel)
     if isinstance(panel, draw.Rows):
         return title + _table(panel)
     data = base64.b64encode(draw.png(panel)).decode()
-    return f'<img alt="{html.escape(panel.title, quote=True)}" src="data:image/png;base64,{data}" style="zoom:.62">'
+    return f'<img alt="{html.escape(panel.title, quote=True)}" src="data:image/png;base64,{data}" style="zoom:.58">'
 
 
 def _tokens(panel: draw.Tokens) -> str:
     most = draw.strength(panel.values)
     spans = []
     for token, value in zip(panel.tokens, panel.values, strict=True):
-        share = float(np.clip(value / most, -1.0, 1.0)) if np.isfinite(value) else 0.0
-        rgb = "197,48,48" if share > 0 else "31,95,191"
+        share = float(np.clip(value / most, -1.0, 1.0)) if np.isfinite(value) else 0.5
+        rgb = "128,128,128" if not np.isfinite(value) else "197,48,48" if share > 0 else "31,95,191"
         shown = html.escape(draw.visible(token)) + ("\n" if "\n" in token else "")
         spans.append(f'<span title="{value:.4g}" style="background:rgba({rgb},{abs(share) * 0.6:.3f})">{shown}</span>')
-    return f'<div class="tokens">{"".join(spans)}</div><p class="faint">red speaks for the output, blue against it; full colour: {most:.3g}</p>'
+    finite = np.asarray(panel.values)[np.isfinite(panel.values)]
+    meaning = "red speaks for the output, blue against it" if (finite < 0).any() else "the redder, the more"
+    return f'<div class="tokens">{"".join(spans)}</div><p class="faint">{meaning}; full colour: {most:.3g}; hover for the value</p>'
 
 
 def _table(panel: draw.Rows) -> str:
@@ -91,7 +94,17 @@ def _short(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mapping(values: Mapping[str, Any]) -> str:
+    shown = {name: _told_value(value) for name, value in values.items()}
     rows = "".join(
-        f"<tr><th>{html.escape(str(name).replace('_', ' '))}</th><td>{html.escape(draw.cell_text(value))}</td></tr>" for name, value in values.items()
+        f"<tr><th>{html.escape(str(name).replace('_', ' '))}</th><td>{html.escape(text)}</td></tr>" for name, text in shown.items() if text
     )
     return f"<table>{rows}</table>"
+
+
+def _told_value(value: Any) -> str:
+    """A setting or a fact as text; empty where there is nothing to tell."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={_told_value(x)}" for name, x in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_told_value, value))
+    return "" if value is None else draw.cell_text(value)

@@ -23,8 +23,8 @@ class Attribution:
              None for a method that promises no such sum.
              output: the explained output of each example.  target: which output, as `Examples.target`.
              method: its name.  settings: its arguments.  at: the tap that is explained.
-             numbers: more that is worth telling: name -> a number, or one for each example.  names: of the examples.
-             subject: the model and the examples, for pictures; None: `show` draws bare values.
+             numbers: more that is worth telling: name -> a number, or one for each example.  kept: more that is worth keeping: name -> array.
+             names: of the examples.  subject: the model and the examples, for pictures; None: `show` draws bare values.
     """
 
     values: Float[np.ndarray, "b ..."]
@@ -36,30 +36,47 @@ class Attribution:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     at: str = "input"
     numbers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    kept: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     names: Sequence[str] = ()
     subject: tuple[Model, Examples] | None = None
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What is worth keeping as arrays."""
-        kept = {"values": self.values, "baseline": self.baseline, "delta": self.delta, "output": self.output, "target": self.target}
-        return {name: np.asarray(x) for name, x in kept.items() if x is not None}
+        own = {"values": self.values, "baseline": self.baseline, "delta": self.delta, "output": self.output, "target": self.target}
+        return {name: np.asarray(x) for name, x in {**own, **self.kept}.items() if x is not None}
 
     def summary(self) -> dict[str, Any]:
         """What is worth keeping as numbers."""
-        named = {"at": self.at, "target": self.target[:, -1], "output": self.output, "completeness_delta": self.delta, **self.numbers}
+        told = None if self.subject is None else [self.explained(i) for i in range(len(self.output))]
+        named = {
+            "at": self.at,
+            "target": self.target[:, -1],
+            "explained": told,
+            "output": self.output,
+            "completeness_delta": self.delta,
+            **self.numbers,
+        }
         if self.target.shape[1] > 1:
             named["position"] = self.target[:, 0]
         return {name: value for name, value in named.items() if value is not None}
 
+    def explained(self, i: int) -> str:
+        """What the values of one example are about, as a person knows it: a class, a token and its place, a column."""
+        if (unit := self.settings.get("of")) is not None:
+            return f"{unit.get('tap')} {list(unit['unit'])}" if unit.get("unit") else str(unit.get("tap"))
+        number = int(self.target[i, -1])
+        name = f"output {number}" if self.subject is None else self.subject[0].name(number)
+        return name if self.target.shape[1] < 2 else f"{name} after position {int(self.target[i, 0])}"
+
     def panels(self, i: int) -> tuple[Panel, ...]:
         """What to draw of one example."""
         values = np.asarray(self.values[i])
-        title = self.method
+        title = f"{self.method}: {self.explained(i)}" if self.method else self.explained(i)
         if self.subject is None:
             return (draw.Heat(values.reshape(values.shape[0], -1), title=title),)
         model, examples = self.subject
         batch = examples.batch
-        count = int(examples.mask[i].sum()) if examples.mask.ndim > 1 else 0
+        count = examples.length(i) if examples.mask.ndim > 1 else 0
         if model.field == "image" and values.ndim in (2, 3):
             flat = values.sum(-1) if values.ndim == 3 else values
             return (draw.Overlay(np.asarray(batch["image"][i]), flat, title=title),)
@@ -74,7 +91,13 @@ class Attribution:
 
     def show(self, i: int = 0) -> Any:
         """The picture of one example, for a notebook."""
-        return draw.figure(self.panels(i), title=self.names[i] if self.names else "")
+        return draw.figure((*self.pictured(i), *self.panels(i)), title=self.names[i] if self.names else "")
+
+    def pictured(self, i: int) -> tuple[Panel, ...]:
+        """One example as it is, where that is a picture."""
+        if self.subject is None or self.subject[0].field != "image":
+            return ()
+        return (draw.Pictures(np.asarray(self.subject[1].batch["image"][i : i + 1]), title="what the model sees"),)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,6 +135,13 @@ class Finding:
 
 
 Result = Attribution | Finding
+
+
+def beside(results: Sequence[Result], i: int = 0) -> Any:
+    """What several methods say about one example in one picture, for a notebook."""
+    first = next((result for result in results if isinstance(result, Attribution)), None)
+    shown = (*(first.pictured(i) if first else ()), *(panel for result in results for panel in result.panels(i)))
+    return draw.figure(shown, title=first.names[i] if first and first.names else "")
 
 
 class Method(Protocol):

@@ -46,9 +46,16 @@ def plain(text: object, width: int = 80) -> str:
     return text.replace("$", r"\$")
 
 
-def new(width: float, height: float, title: str = "") -> Figure:
+class Drawing(Figure):
+    """A figure that a notebook shows as it is, whether or not pyplot is there."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        return png(self), {"width": int(self.get_size_inches()[0] * DOTS_PER_INCH * 0.55)}
+
+
+def new(width: float, height: float, title: str = "") -> Drawing:
     """A white figure of this size in inches, its title at the left."""
-    figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, facecolor="white", layout="constrained")
+    figure = Drawing(figsize=(width, height), dpi=DOTS_PER_INCH, facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)  # type: ignore[union-attr]
     if title:
         figure.suptitle(plain(title, int(width * 9)), x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK, fontfamily=fonts())
@@ -78,18 +85,24 @@ def empty(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, plain(text), transform=axes.transAxes, ha="center", va="center", color=FAINT, fontsize=10)
 
 
+def png(figure: Figure) -> bytes:
+    """The figure as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # no font here has it: a box is drawn
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
 def save(figure: Figure, path: epath.PathLike) -> None:
     """Writes the figure as a PNG; its folder is made where there is none.
 
     Raises:  ResearchError: the disk is full, read-only or not there.
     """
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # no font here has it: a box is drawn
-        figure.savefig(buffer, format="png")
+    data = png(figure)
     target = epath.Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(buffer.getvalue())
+        target.write_bytes(data)
     except OSError as error:
         raise ResearchError(f"cannot write {target}: {error.strerror or error}") from error

@@ -1,7 +1,9 @@
-"""Activation functions by name."""
+"""Activation functions by name, and how gradients pass them."""
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,6 +24,23 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "identity": lambda x: x,
 }
 
+_guided: contextvars.ContextVar[bool] = contextvars.ContextVar("guided", default=False)
+
+
+@contextlib.contextmanager
+def guided(on: bool = True) -> Iterator[None]:
+    """Says that in the code traced inside, a gradient passes an activation only where it is positive.
+
+    This is read while a program is traced, so a compiled program must know of it: trace inside, with `on` a static argument.
+
+    Source:  Springenberg et al. 2015, for ReLU.
+    """
+    token = _guided.set(on)
+    try:
+        yield
+    finally:
+        _guided.reset(token)
+
 
 def activation(name: str) -> Callable[[Float[Array, "..."]], Float[Array, "..."]]:
     """The activation function of this name; the only way in which a model of this project reaches one.
@@ -29,4 +48,22 @@ def activation(name: str) -> Callable[[Float[Array, "..."]], Float[Array, "..."]
     Args:    name: relu, gelu (exact), gelu_tanh (GPT-2's approximation), silu, tanh, sigmoid, elu, leaky_relu or identity.
     Raises:  ValueError: an unknown name; the message names the nearest right one.
     """
-    return ACTIVATIONS[one_of(name, ACTIVATIONS, "activation")]
+    function = ACTIVATIONS[one_of(name, ACTIVATIONS, "activation")]
+    return functools.partial(_one_way, function) if _guided.get() and name != "identity" else function
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _one_way(function, x):
+    """function(x), whose gradient passes back only where it is positive."""
+    return function(x)
+
+
+def _forward(function, x):
+    return function(x), x
+
+
+def _backward(function, x, slope):
+    return jax.vjp(function, x)[1](jnp.maximum(slope, 0))
+
+
+_one_way.defvjp(_forward, _backward)

@@ -1,5 +1,7 @@
 """Normalisation with float32 statistics."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,12 +9,15 @@ from jaxtyping import Array, Bool, Float
 
 from research.core.axis import psum
 from research.layers.arguments import one_of
+from research.layers.tap import tap
 
 NORMS = ("batch", "layer", "rms")
 
 
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(variance + epsilon) x scale + bias over the last axis, in float32 and then back in the type of x.
+
+    The tap `factor` is 1 / sqrt(variance + epsilon): held fixed by an edit, the norm is linear in x.
 
     Args:    epsilon: added to the variance.  bias: whether a bias is learned.
     Source:  Ba, Kiros and Hinton 2016.
@@ -22,15 +27,17 @@ class LayerNorm(nn.Module):
     bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    def __call__(self, x: Float[Array, "*b d"], taps: dict[str, Any] | None = None) -> Float[Array, "*b d"]:
         full = x.astype(jnp.float32)
         centred = full - full.mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+        y = centred * _factor(self, taps, jnp.square(centred).mean(-1, keepdims=True))
         return _affine(self, y, self.bias).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + epsilon) x scale over the last axis, in float32 and then back in the type of x.
+
+    The tap `factor` is 1 / sqrt(mean(x^2) + epsilon): held fixed by an edit, the norm is linear in x.
 
     Args:    epsilon: added to the mean square.
     Source:  Zhang and Sennrich 2019.
@@ -39,9 +46,9 @@ class RMSNorm(nn.Module):
     epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    def __call__(self, x: Float[Array, "*b d"], taps: dict[str, Any] | None = None) -> Float[Array, "*b d"]:
         full = x.astype(jnp.float32)
-        y = full * jax.lax.rsqrt(jnp.square(full).mean(-1, keepdims=True) + self.epsilon)
+        y = full * _factor(self, taps, jnp.square(full).mean(-1, keepdims=True))
         return _affine(self, y, bias=False).astype(x.dtype)
 
 
@@ -87,11 +94,19 @@ def check_norm(name: str | None) -> None:
 
 
 def normalize(
-    kind: str | None, name: str, x: Float[Array, "b ... c"], *, mask: Bool[Array, "b"] | None = None, train: bool = False, bias: bool = True
+    kind: str | None,
+    name: str,
+    x: Float[Array, "b ... c"],
+    *,
+    mask: Bool[Array, "b"] | None = None,
+    train: bool = False,
+    bias: bool = True,
+    taps: dict[str, Any] | None = None,
 ) -> Float[Array, "b ... c"]:
     """x under the norm of this kind, a child of the module that calls; x itself where there is none.
 
     Args:    kind: None, "batch", "layer" or "rms".  name: the child's name.  mask, train: as `BatchNorm` takes them.  bias: of `LayerNorm`.
+             taps: where "layer" and "rms" record their factor; None: nowhere.
     Raises:  ValueError: an unknown kind.
     """
     check_norm(kind)
@@ -99,7 +114,7 @@ def normalize(
         return x
     if kind == "batch":
         return BatchNorm(name=name)(x, mask=mask, train=train)
-    return RMSNorm(name=name)(x) if kind == "rms" else LayerNorm(bias=bias, name=name)(x)
+    return RMSNorm(name=name)(x, taps) if kind == "rms" else LayerNorm(bias=bias, name=name)(x, taps)
 
 
 def _moments(x, mask):
@@ -112,6 +127,11 @@ def _moments(x, mask):
     mean = total / count_or_one
     variance = psum((jnp.square(x - _wide(mean, x.ndim)) * weight).sum(axes)) / count_or_one
     return mean, variance, count
+
+
+def _factor(module, taps, square):
+    """1 / sqrt(square + epsilon), tapped."""
+    return tap(module, {} if taps is None else taps, "factor", jax.lax.rsqrt(square + module.epsilon))
 
 
 def _affine(module, x, bias):

@@ -15,7 +15,7 @@ from research.layers.tap import tap
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on what is added.
+    """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on what is added; without the latter where hidden is 0.
 
     Args:    heads, kv_heads, head_width, rotary: as `Attention` takes them.  hidden, activation: as `FeedForward` takes them.
              norm: "layer" or "rms".  bias: whether projections and norms have one.  dropout: rate; None: read from hyper.
@@ -41,20 +41,21 @@ class Block(nn.Module):
     def __call__(
         self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"], *, index: Int[Array, "b"] | None, hyper: Hyper, train: bool
     ) -> tuple[Float[Array, "b t d"], dict[str, Any]]:
-        """(the residual stream after this block, taps: those of attention and mlp, middle, output)."""
+        """(the residual stream after this block, taps: those of attention, mlp and the norms, middle, output)."""
         taps: dict[str, Any] = {}
         shared = {"bias": self.bias, "scale": self.scale, "out_scale": self.out_scale, "dtype": self.dtype}
         attention = Attention(self.heads, self.kv_heads, self.head_width, self.rotary, **shared, name="attention")
-        feed_forward = FeedForward(self.hidden, self.activation, **shared, name="mlp")
         drop = functools.partial(_drop, rate=self.dropout, index=index, hyper=hyper, train=train)
 
-        added, inner = attention(normalize(self.norm, "attention_norm", x, bias=self.bias), positions)
+        added, inner = attention(normalize(self.norm, "attention_norm", x, bias=self.bias, taps=taps), positions)
         taps |= inner
         x = tap(self, taps, "middle", x + drop("attention_dropout", added))
-        added, inner = feed_forward(normalize(self.norm, "mlp_norm", x, bias=self.bias))
-        taps |= inner
-        x = tap(self, taps, "output", x + drop("mlp_dropout", added))
-        return x, taps
+        if self.hidden:
+            feed_forward = FeedForward(self.hidden, self.activation, **shared, name="mlp")
+            added, inner = feed_forward(normalize(self.norm, "mlp_norm", x, bias=self.bias, taps=taps))
+            taps |= inner
+            x = x + drop("mlp_dropout", added)
+        return tap(self, taps, "output", x), taps
 
 
 def _drop(name, x, rate, **how):

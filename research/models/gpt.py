@@ -36,7 +36,7 @@ class GPT(nn.Module):
 
     Args:    vocabulary: tokens.  time: the longest context, in tokens.  width: of the residual stream.  depth: blocks.
              heads: query heads, a number or one per block.  kv_heads: key and value heads, likewise; None: as many as query heads.
-             head_width: of each head; None: width / heads.  hidden: units of each block's MLP, likewise; None: 4 width.
+             head_width: of each head; None: width / heads.  hidden: units of each block's MLP, likewise; None: 4 width; 0: no MLP.
              positions: "learned", "sinusoidal" or "rotary".  activation: a name that `activation` knows, or "swiglu".
              norm: "layer" or "rms".  bias: whether projections and layer norms have one.  tied: whether the head is the token embedding.
              dropout: rate; None: read from hyper.  scan: compile one block and scan over all; their parameters are then stacked.
@@ -97,7 +97,7 @@ class GPT(nn.Module):
         x = Dropout(self.dropout, name="dropout")(x, index=index, hyper=hyper, train=train)
         x, inner = self._run(x, positions, index=index, hyper=hyper, train=train)
         taps |= inner
-        x = tap(self, taps, "normalized", normalize(self.norm, "norm", x, bias=self.bias))
+        x = tap(self, taps, "normalized", normalize(self.norm, "norm", x, bias=self.bias, taps=taps))
         if self.tied:
             logits = embedding.attend(x)
         else:
@@ -111,10 +111,12 @@ class GPT(nn.Module):
         Query heads that share key heads are not among them: they cannot go one by one.
         """
         sizes = _sizes(self)
-        hidden = tuple(size["hidden"] for size in sizes)
+        hidden: dict[str, int | tuple[int, ...]] = (
+            {"hidden": tuple(size["hidden"] for size in sizes)} if any(size["hidden"] for size in sizes) else {}
+        )
         if any(size["heads"] != size["kv_heads"] for size in sizes):
-            return {"hidden": hidden}
-        return {"heads": tuple(size["heads"] for size in sizes), "hidden": hidden, "head_width": sizes[0]["head_width"]}
+            return hidden
+        return {"heads": tuple(size["heads"] for size in sizes), **hidden, "head_width": sizes[0]["head_width"]}
 
     @nn.nowrap
     def empty_cache(self, rows: int, length: int) -> dict[str, Any]:
@@ -197,7 +199,7 @@ def _sizes(model: GPT) -> list[dict[str, int]]:
         per_block(getattr(model, name), 1, name)
     heads = per_block(model.heads, model.depth, "heads")
     kv_heads = heads if model.kv_heads is None else per_block(model.kv_heads, model.depth, "kv_heads")
-    hidden = per_block(4 * model.width if model.hidden is None else model.hidden, model.depth, "hidden")
+    hidden = per_block(4 * model.width if model.hidden is None else model.hidden, model.depth, "hidden", least=0)
     if model.head_width is None and (len(set(heads)) > 1 or model.width % heads[0]):
         raise ValueError(f"head_width must be given where heads={model.heads} does not divide width={model.width} evenly")
     head_width = model.width // heads[0] if model.head_width is None else model.head_width

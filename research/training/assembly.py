@@ -99,6 +99,7 @@ def assemble(config: DictConfig, *, batches: int | None = None, training: bool =
         steps=train.steps or 0,
         accumulate=train.accumulate,
         axis=parallel.axis,
+        stability=train.stability,
     )
     step.schedule.check(step.steps)
     step.optimizer.check(hyper)

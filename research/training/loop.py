@@ -10,6 +10,7 @@ import numpy as np
 
 from research.core.errors import ConfigError, DivergedError, nearest
 from research.core.types import Batch, State, Tree
+from research.training import stability
 from research.training.checkpoint import Checkpoints
 from research.training.clock import Clock
 from research.training.interrupt import Interrupt
@@ -18,6 +19,7 @@ from research.training.parallel import Parallel
 from research.training.sparsify import Sparsify
 from research.training.step import Metrics, Step, means
 
+_QUIET = tuple(f"train/{name}" for name in ("gradient_norm", stability.UPDATE, stability.DEAD, stability.RATIO))  # too many for the terminal
 _SYNCHRONISE = 10  # fake CPU devices deadlock after some 300 all-reduces that nobody waited for
 
 
@@ -42,6 +44,7 @@ class Settings:
     sparsify: Sparsify | None = None
     ema: float | None = None
     values: tuple[str, ...] = ("optimizer.learning_rate",)
+    stability: bool = False
     skip_limit: int = 10
     key: Literal["threefry", "rbg"] = "threefry"
 
@@ -122,6 +125,7 @@ class Loop:
         self._pending: list[tuple[int, Metrics]] = []  # still on the device
         self._window = [(step, _restored(metrics)) for step, metrics in self._host["window"]]  # since the last log point
         self._latest: dict[str, float | None] = {}
+        self._watch: stability.Watch | None = None
         live, train = self.parallel.place(state), self.parallel.train(self.step)
         fetched = self.batches.iterate(at, stop, self.parallel.put)
         ended = self._out_of_patience() if start else None  # the run may have been killed between its last checkpoint and its result
@@ -140,6 +144,9 @@ class Loop:
                     break
                 with self.clock.span("wait"):
                     batch = next(fetched)
+                if self.step.stability and self._watch is None:
+                    one = self.parallel.one((live, batch))
+                    self._watch = stability.Watch(stability.order(self.step.objective, one[0], frozen, one[1]))
                 with self.clock.span("train"):
                     live, metrics = train(live, frozen, batch)
                     at += 1
@@ -168,7 +175,7 @@ class Loop:
             self._host |= {"best": {"metric": self.settings.monitor, "value": value, "step": at}, "bad_evaluations": 0}
         else:
             self._host["bad_evaluations"] += 1
-        shown = {name: value for name, value in {**self._latest, **scores}.items() if value is not None and name != "train/gradient_norm"}
+        shown = {name: value for name, value in {**self._latest, **scores}.items() if value is not None and not name.startswith(_QUIET)}
         self.log.line(f"step {at}: " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
         return self._reschedule(live, value), improved, self._out_of_patience()
 
@@ -225,9 +232,14 @@ class Loop:
             return
         skipped = [step for step, metrics in window if metrics["skipped"][0] > 0]
         kept = [metrics for step, metrics in window if step not in skipped] or [metrics for _, metrics in window]  # a NaN would hide the others
-        sums = {name: tuple(np.sum(part, axis=0) for part in zip(*(metrics[name] for metrics in kept), strict=True)) for name in kept[0]}
-        scores = means({name: pair for name, pair in sums.items() if name not in ("learning_rate", "skipped")})
+        names = [name for name in kept[0] if all(name in metrics for metrics in kept)]  # a resumed run may measure more, or less
+        sums = {name: tuple(np.sum(part, axis=0) for part in zip(*(metrics[name] for metrics in kept), strict=True)) for name in names}
+        scores = means({name: pair for name, pair in sums.items() if name not in ("learning_rate", "skipped") and not np.ndim(pair[0])})
         scores |= self.step.objective.derived(scores)
+        if self._watch is not None:
+            scores |= self._watch.scores(sums)
+            for warning in self._watch.warnings(sums, [metrics for step, metrics in window if step in skipped]):
+                self.log.line(f"warning: step {at}: {warning}")
         rate, seconds = self._host["learning_rate"], self.clock.seconds
         self._latest = {f"train/{name}": value for name, value in scores.items()}
         wait = seconds["wait"] / max(seconds["wait"] + seconds["train"], 1e-9)

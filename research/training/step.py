@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from research.core.axis import device_axis, psum
 from research.core.errors import ConfigError
 from research.core.types import Batch, Hyper, Objective, State, Tally, Tree
+from research.training import stability
 from research.training.optimizer import Optimizer
 from research.training.schedule import Schedule
 
@@ -31,6 +32,7 @@ class Step:
     Args:    objective: model and loss.  optimizer: how gradients become updates.  schedule: the learning rate's shape in [0, 1].
              steps: optimizer updates of the whole schedule.  accumulate: microbatches per update; divides the batch of one device.
              axis: name of the mapped device axis under pmap; None elsewhere.
+             stability: also measure the gradient and update norms of each layer, and how often each unit is active.
     """
 
     objective: Objective
@@ -39,6 +41,7 @@ class Step:
     steps: int
     accumulate: int = 1
     axis: str | None = None
+    stability: bool = False
 
     def __post_init__(self):
         if self.accumulate > 1 and self.objective.batch_coupled:
@@ -75,14 +78,20 @@ class Step:
             one = jnp.ones((), jnp.float32)
             metrics |= {"gradient_norm": (norm, one), "learning_rate": (rate, one), "skipped": (1.0 - finite.astype(jnp.float32), one)}
             metrics.setdefault("loss", (loss, one))
+            if self.stability:
+                metrics |= stability.norms(grads, updates)
             return State(state.step + 1, params, extra, opt, state.key, state.hyper), metrics
 
     def _gradient(self, state, frozen, batch, extra, key, weights):
         """(gradient, loss, tally, extra) over the microbatches of this device; gradients and sums only add."""
 
         def loss(params: Tree, extra: Tree, part: Batch):
-            tally, extra = self.objective(params, extra, frozen, part, key, state.hyper, train=True)
-            return divide(tally, weights, self.objective.coefficients, state.hyper), (tally, extra)
+            tally, changed = self.objective(params, extra, frozen, part, key, state.hyper, train=True)
+            value = divide(tally, weights, self.objective.coefficients, state.hyper)
+            if self.stability:
+                active = stability.activity(self.objective, params, extra, frozen, part, key, state.hyper)
+                tally = Tally(tally.terms, tally.metrics | active)
+            return value, (tally, changed)
 
         gradient = jax.value_and_grad(loss, has_aux=True)
         if self.accumulate == 1:

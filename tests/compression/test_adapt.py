@@ -115,6 +115,10 @@ def test_without_adapters_what_is_trained_in_full_is_all_that_learns(subject, ou
     head = Adapt(only=("head/*",), train=("head/*",))(base)
     assert set(paths(head.params)) == {"trained/head/kernel", "trained/head/bias"}
     np.testing.assert_array_equal(outputs(head), outputs(base))
+    assert Adapt(only=(), train=("head/*",))(base).config == head.config
+    every = Adapt(only=(), train=("**",))(base)
+    assert sha256(every.params["trained"]) == sha256(base.params)
+    np.testing.assert_array_equal(outputs(every), outputs(base))
 
 
 def test_the_config_alone_gives_the_shapes(adapted):
@@ -192,6 +196,7 @@ def test_layers_that_the_base_computes_without_their_kernel_get_no_adapter(subje
     [
         ({"rank": 0}, "method.rank=0: must be at least 1"),
         ({"alpha": 0.0}, "method.alpha=0.0: must be above 0"),
+        ({"only": ()}, r"method.only=\[\]: nothing would be trained; name kernels that get an adapter, or parameters in method.train"),
         ({"only": ("dens_0/*",)}, r"method.only: 'dens_0/\*' fits no layer; did you mean 'dense_0/kernel'"),
         ({"train": ("heda/**",)}, r"method.train: 'heda/\*\*' fits no parameter; choose from: dense_0/bias"),
     ],

@@ -172,26 +172,26 @@ def test_the_config_file_builds_the_method(request):
 
 
 @pytest.fixture(scope="module")
-def runs(command, tmp_path_factory):
-    """A teacher, and the students that the command makes of it: (folder, folder of the student, of the one with cached answers)."""
-    folder = tmp_path_factory.mktemp("runs")
-    base = ("experiment=digits_mlp", "model.width=16", "model.depth=1", "train.steps=40", "train.eval_every=20", "train.log_every=10", *QUIET)
-    assert command("train", *base, f"run_dir={folder / 'teacher'}").code == 0
-    little = ("calibration.examples=32", "calibration.batch=16", "ledger.latency=false", "ledger.figures=false", "finetune.steps=20")
-    for name, cache in (("live", "false"), ("cached", "true")):
+def distilled(command, parent, tmp_path_factory):
+    """distilled("live", cache): the folder of a student that the command makes."""
+    folder = tmp_path_factory.mktemp("students")
+
+    def make(name, cache):
         told = command(
-            *(
-                "compress",
-                f"run={folder / 'teacher'}",
-                "method=distill",
-                "method.student={width:8}",
-                "method.soft=1.0",
-                "finetune.learning_rate=0.01",
-            ),
-            *(*little, f"method.cache={cache}", f"run_dir={folder / name}"),
+            *("compress", f"run={parent('mlp')}", f"run_dir={folder / name}", "method=distill", "method.student={width:8}", "method.soft=1.0"),
+            *(f"method.cache={cache}", "calibration.examples=32", "calibration.batch=16", "ledger.latency=false", "ledger.figures=false"),
+            *("finetune.steps=20", "finetune.learning_rate=0.01"),
         )
         assert told.code == 0, told.err
-    return folder
+        return folder / name
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def live(distilled):
+    """The folder of a student whose teacher runs at each step."""
+    return distilled("live", "false")
 
 
 def column(folder, name):
@@ -199,29 +199,30 @@ def column(folder, name):
     return [record[name] for record in records if name in record]
 
 
-def test_a_student_learns_from_its_teacher_and_is_a_run(runs, command):
-    soft = column(runs / "live", "train/soft")
+def test_a_student_learns_from_its_teacher_and_is_a_run(live, parent, command):
+    soft = column(live, "train/soft")
     assert soft[-1] < 0.8 * soft[0]
-    small, teacher = Run(runs / "live"), Run(runs / "teacher")
+    small, teacher = Run(live), Run(parent("mlp"))
     assert small.config.teacher.sha256 == small.config.compression[-1].parent.sha256
     assert small.frozen() == {"student": None, "teacher": None}
-    assert not (runs / "live" / "checkpoints" / "frozen").exists()  # a link, no copy
+    assert not (live / "checkpoints" / "frozen").exists()  # a link, no copy
     assert count(small.state().params) < count(teacher.state().params)
-    assert command("evaluate", f"run={runs / 'live'}", "figures=false").code == 0
+    assert command("evaluate", f"run={live}", "figures=false").code == 0
 
 
-def test_cached_answers_teach_the_same(runs):
-    np.testing.assert_allclose(column(runs / "cached", "train/soft"), column(runs / "live", "train/soft"), rtol=1e-4)
-    live, cached = (Run(runs / name).state("latest").params for name in ("live", "cached"))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), live, cached)
+def test_cached_answers_teach_the_same(live, distilled):
+    cached = distilled("cached", "true")
+    np.testing.assert_allclose(column(cached, "train/soft"), column(live, "train/soft"), rtol=1e-4)
+    arrays = (Run(folder).state("latest").params for folder in (live, cached))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), *arrays)
 
 
 @pytest.fixture
-def trained(runs, tmp_path):
+def trained(live, tmp_path):
     """trained("name", steps=…, stop_at=…, run=…): the result of a student's config trained from its first step, its link to the teacher changed."""
 
     def call(name="again", steps=4, stop_at=None, **teacher):
-        config = read_config(runs / "live" / "config.yaml")
+        config = read_config(live / "config.yaml")
         with open_dict(config):
             config.run_dir, config.train.steps, config.train.stop_at = str(tmp_path / name), steps, stop_at
             config.teacher = OmegaConf.merge(config.teacher, teacher)
@@ -253,7 +254,7 @@ def test_a_missing_teacher_is_told(trained):
         trained(run=None)
 
 
-def test_an_objective_that_learns_from_nobody_refuses_a_teacher(runs, command, tmp_path):
-    told = command("train", "experiment=digits_mlp", f"teacher.run={runs / 'teacher'}", "train.steps=1", *QUIET, f"run_dir={tmp_path / 'x'}")
+def test_an_objective_that_learns_from_nobody_refuses_a_teacher(parent, command, tmp_path):
+    told = command("train", "experiment=digits_mlp", f"teacher.run={parent('mlp')}", "train.steps=1", *QUIET, f"run_dir={tmp_path / 'x'}")
     assert told.code == 2
     assert "Classify learns from no teacher; a student is made by research.compress" in told.err[-1]

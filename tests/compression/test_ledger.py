@@ -1,5 +1,6 @@
 """The ledger against hand counts, exact means and a closed form of the bootstrap."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -11,7 +12,9 @@ import pytest
 from rich.console import Console
 
 from research.compression import ledger
+from research.compression.adapt import Adapt
 from research.core import cost
+from research.core.tree import paths, sha256
 
 
 def array(*values, dtype=jnp.float32):
@@ -21,7 +24,7 @@ def array(*values, dtype=jnp.float32):
 def test_bytes_follow_the_bits_of_each_type():
     params = {"kernel": jnp.ones((6, 4), jnp.int4), "scale": jnp.ones((4,), jnp.float32)}
     extra, frozen = {"mean": jnp.ones((4,), jnp.bfloat16)}, {"base": jnp.ones((3, 8), jnp.float8_e4m3fn), "keep": jnp.ones((16,), jnp.bool_)}
-    found = ledger.sizes(params, extra, frozen)
+    found = ledger.sizes((params, extra, frozen))
     assert found["bytes"] == 12 + 16 + 8 + 24 + 2
     assert found["bytes_by_type"] == {"int4": 12, "float32": 16, "bfloat16": 8, "float8_e4m3fn": 24, "bool": 2}
     assert found["parameters"] == found["nonzeros"] == 24 + 4 + 4 + 24 + 16
@@ -35,13 +38,25 @@ def test_bytes_follow_the_bits_of_each_type():
 def test_a_sparse_array_is_counted_in_its_smallest_form(kept, form, bits):
     kernel = np.zeros(1024, np.float32)
     kernel[np.random.RandomState(0).permutation(1024)[:kept]] = 0.5
-    found = ledger.sizes({"kernel": jnp.asarray(kernel.reshape(32, 32))}, {}, None)
+    found = ledger.sizes({"kernel": jnp.asarray(kernel.reshape(32, 32))})
     assert found["bytes_by_form"] == {form: -(-bits // 8)}
     assert found["nonzeros"] == kept
 
 
 def test_a_vector_of_zeros_is_no_sparse_model():
-    assert ledger.sizes({"bias": jnp.zeros(100)}, {}, None)["bytes"] == 400
+    assert ledger.sizes({"bias": jnp.zeros(100)})["bytes"] == 400
+
+
+def test_originals_that_no_prediction_reads_are_not_counted(subject):
+    base = subject("mlp")
+    whole = ledger.needed(base.objective, base.model, base.batches[0])
+    assert sha256(whole["params"]) == sha256(base.params)
+    changed = Adapt(rank=2, train=("head/**",))(base)
+    found = paths(ledger.needed(changed.objective, changed.model, changed.batches[0]))
+    every = paths(dict(zip(("params", "extra", "frozen"), changed.model[:3], strict=True)))
+    assert set(every) - set(found) == {"frozen/own/head/kernel", "frozen/own/head/bias"}
+    adapters = sum(leaf.size for leaf in jax.tree.leaves(changed.params["adapters"]))
+    assert ledger.sizes(found)["parameters"] == ledger.sizes(whole)["parameters"] + adapters
 
 
 def test_bytes_on_disk_are_those_of_all_files(tmp_path):
@@ -130,6 +145,23 @@ def test_latency_is_what_a_program_takes(monkeypatch):
     assert found["latency"]["4"]["before"]["examples_per_s"] == pytest.approx(4000 / found["latency"]["4"]["before"]["median_ms"])
 
 
+def test_energy_is_what_was_used_while_a_model_ran_over_its_examples(monkeypatch):
+    spent = []
+
+    @contextlib.contextmanager
+    def measured(country, where):
+        before, used = sum(spent), {}
+        yield used
+        used |= {"energy_kwh": (sum(spent) - before) / 3.6e6, "energy_method": f"a count, {country}"}
+
+    monkeypatch.setattr(ledger, "measured", measured)
+    monkeypatch.setattr(ledger, "program", lambda joules, model, batch: lambda: spent.append(joules))
+    monkeypatch.setattr(ledger, "SECONDS", 0.01)
+    batch = {"mask": np.ones(4, bool)}
+    found = ledger.energy((3.0, None), (1.0, None), batch, "FRA")
+    assert found == {"rows": 4, "before": pytest.approx(3 / 4), "after": pytest.approx(1 / 4), "method": "a count, FRA"}
+
+
 def report(**more):
     sizes = {"parameters": 100, "nonzeros": 100, "bytes": 400, "bytes_by_type": {"float32": 400}, "bytes_by_form": {"dense": 400}}
     small = {"parameters": 100, "nonzeros": 50, "bytes": 212, "bytes_by_type": {"float32": 212}, "bytes_by_form": {"mask": 212}}
@@ -137,8 +169,8 @@ def report(**more):
     return {"method": "prune/wanda", "split": "test", "metrics": {"accuracy": row}, "sizes": {"before": sizes, "after": small}, **more}
 
 
-def shown(content):
-    console = Console(width=200)
+def shown(content, width=200):
+    console = Console(width=width)
     with console.capture() as capture:
         console.print(*ledger.tables(content), sep="\n")
     return capture.get()
@@ -153,11 +185,19 @@ def test_the_tables_show_what_was_measured_and_nothing_else():
     timed = {"median_ms": 2.0, "p95_ms": 3.0, "examples_per_s": 500.0}
     latency = {"1": {"before": timed, "after": {**timed, "median_ms": 1.0}, "speedup": [2.0, 1.9, 2.1]}}
     layers = {f"block_{i}/kernel": {"error": i / 100, "sparsity": 0.5} for i in range(12)} | {"head/kernel": {"sparsity": 0.0}}
-    text = shown(report(latency=latency, flops_per_example={"before": 2000, "after": 1000}, layers=layers))
+    energy = {"rows": 64, "before": 0.02, "after": 0.01, "method": "codecarbon"}
+    text = shown(report(latency=latency, flops_per_example={"before": 2000, "after": 1000}, layers=layers, energy=energy))
+    assert next(line for line in text.splitlines() if line.startswith("J an example, batch 64")).split()[5:] == ["0.02", "0.01", "50.0%"]
+    assert "energy by codecarbon" in text
     for part in ("2.00x as fast (1.90 to 2.10)", "FLOPs per example", "layers with the largest error, 10 of 12", "block_11/kernel"):
         assert part in text
     for part in ("block_1/kernel", "head/kernel"):
         assert part not in text
+
+
+def test_a_title_is_one_line_of_a_narrow_terminal():
+    chain = [{"method": name} for name in ("prune/structured", "quantize/int8")]
+    assert shown(report(stages=chain), 80).splitlines()[0].strip() == "prune/structured + quantize/int8, test, 1,234 examples"
 
 
 def test_the_ledger_is_drawn(tmp_path):

@@ -320,6 +320,13 @@ def test_a_position_in_the_cache_is_rounded_once(quantized):
             assert (before[:, :, 4:6] != after[:, :, 4:6]).any()
 
 
+def test_a_wrapper_around_a_quantized_model_keeps_its_cache(quantized):
+    small = quantized("gpt", Nearest(cache="int8"))
+    (logits, cache), (expected, kept) = decode(Adapt(rank=2)(small)), decode(small)
+    assert {path: leaf.dtype for path, leaf in paths(cache).items()} == {path: leaf.dtype for path, leaf in paths(kept).items()}
+    np.testing.assert_allclose(logits, expected, atol=1e-2 * np.abs(expected).max())  # of a code that falls on the other side of a half
+
+
 @pytest.mark.parametrize("name", ["int8", "int4", "int3", "int2", "nf4", "fp8"])
 def test_codes_come_back_from_disk_and_take_their_bits(name, tmp_path):
     kernel = jax.random.normal(jax.random.key(0), (512, 512))

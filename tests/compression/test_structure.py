@@ -14,6 +14,8 @@ CASES = {
     "cnn": ("cnn",),
     "cnn with batch norm": ("cnn", "model.norm=batch"),
     "gpt": ("gpt",),
+    "gpt, attention alone": ("gpt", "model.hidden=0"),
+    "gpt, attention alone in one block": ("gpt", "model.hidden=[0,16]", "model.depth=2"),
     "gpt, rotary, swiglu": ("gpt", "model.positions=rotary", "model.activation=swiglu", "model.norm=rms"),
 }
 

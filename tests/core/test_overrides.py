@@ -2,7 +2,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from research.core.errors import ConfigError
-from research.core.overrides import Composer
+from research.core.overrides import Composer, draw
 
 
 def check(conf, *overrides, verb="train", **options):
@@ -117,3 +117,14 @@ def test_the_real_verbs_compose_and_every_option_exists():
         composer = Composer(verb)
         assert composer.check([]) == []
         assert OmegaConf.is_config(composer.load())
+
+
+def test_a_lot_is_the_same_for_the_same_seed_and_name():
+    choices = [[8], [16], [32]]
+    found = [(tuple(draw(seed, "width", choices)), tuple(draw(seed, "depth", choices))) for seed in range(60)]
+    assert len(set(found)) == 9  # the two are drawn each by itself
+    composer = Composer("train")
+    model = composer.load(composer.check(["model=mlp", "seed=7", "model.width=${draw:${seed},width,[[8],[16],[32]]}"])).model
+    assert tuple(model.width) == found[7][0]
+    with pytest.raises(ValueError, match="draw: width has no choice"):
+        draw(0, "width", [])

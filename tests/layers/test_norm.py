@@ -71,6 +71,24 @@ def test_gradient(norm):
     check_grads(jax.jit(lambda x: norm.apply(variables, x)), (X,), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
 
 
+@pytest.mark.parametrize("norm", [LayerNorm(), RMSNorm()])
+def test_with_its_factor_held_a_norm_is_linear(norm):
+    variables = jax.jit(norm.init)(jax.random.key(0), X)
+
+    @jax.jit
+    def run(x, edit=None):
+        taps = {}
+        return norm.apply({**variables, **({} if edit is None else {"edits": {"factor": edit}})}, x, taps), taps["factor"]
+
+    y, factor = run(X)
+    centred = X - X.mean(-1, keepdims=True) if isinstance(norm, LayerNorm) else X
+    np.testing.assert_allclose(factor, 1 / np.sqrt(np.square(centred).mean(-1, keepdims=True) + norm.epsilon), rtol=1e-5)
+    held = (jnp.ones((1, 1, 1), bool), factor)
+    zero, double = run(0 * X, held)[0], run(2 * X, held)[0]
+    np.testing.assert_allclose(double - zero, 2 * (y - zero), atol=1e-4)
+    assert np.abs(run(2 * X)[0] - double).max() > 0.1  # not held, it takes the factor out
+
+
 @pytest.mark.parametrize(("norm", "options"), [(LayerNorm(), {}), (RMSNorm(), {}), (BatchNorm(), {"train": False})])
 def test_bfloat16_in_and_out_with_float32_inside(norm, options):
     y, variables = jax.jit(functools.partial(norm.init_with_output, **options))(jax.random.key(0), X.astype(jnp.bfloat16))

@@ -33,7 +33,19 @@ def test_what_it_adds_comes_from_the_normalised_stream(norm):
     scaled, _ = run(module, params, 1000 * X)  # the norm takes the factor out, so the same is added
     np.testing.assert_allclose(scaled - 1000 * X, run(module, params, 1e4 * X)[0] - 1e4 * X, atol=2e-2)
     np.testing.assert_array_equal(taps["output"], y)
-    assert set(taps) == {"middle", "output", "mlp/hidden", *(f"attention/{name}" for name in ("query", "key", "value", "weights", "heads"))}
+    attention = (f"attention/{name}" for name in ("query", "key", "value", "weights", "heads"))
+    assert set(taps) == {"middle", "output", "mlp/hidden", "attention_norm/factor", "mlp_norm/factor", *attention}
+
+
+def test_without_hidden_units_there_is_attention_alone():
+    module = block(hidden=0)
+    params = params_of(module)
+    assert set(params) == {"attention", "attention_norm"}
+    y, taps = run(module, params, X)
+    np.testing.assert_array_equal(y, taps["middle"])
+    whole = {**params_of(block()), **params}
+    whole["mlp"]["down"] = jax.tree.map(np.zeros_like, whole["mlp"]["down"])
+    np.testing.assert_array_equal(run(block(), whole, X)[0], y)
 
 
 def test_with_zero_output_projections_it_is_the_identity():

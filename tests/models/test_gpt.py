@@ -21,6 +21,9 @@ init = functools.partial(jax.jit, static_argnums=0)(lambda module, tokens: modul
         LLAMA,
         {"positions": "sinusoidal", "activation": "gelu"},
         {"heads": [1, 3], "kv_heads": [1, 1], "head_width": 6, "hidden": [5, 7]},
+        {"hidden": 0},
+        {"hidden": 0, "scan": True},
+        {"hidden": [0, 7]},
         {"dropout": None},
         {"scan": True},
         {"scan": True, "remat": True},
@@ -49,6 +52,14 @@ def test_canonical_paths(configured, tokens):
     assert found["block_0/mlp/up/kernel"] == (16, 64)
     assert found["token/embedding"] == (65, 16)
     assert not any(path.startswith("head") for path in found)
+
+
+def test_without_hidden_units_there_are_no_mlps(configured, tokens):
+    module = configured("gpt", **SMALL, hidden=0)
+    found = paths(jax.eval_shape(module.init, jax.random.key(0), tokens)["params"])
+    assert not [path for path in found if "mlp" in path]
+    assert module.sizes == {"heads": (4, 4), "head_width": 4}
+    assert configured("gpt", **SMALL, hidden=[0, 7]).sizes["hidden"] == (0, 7)
 
 
 def test_initial_values_are_gpt_2s_and_do_not_depend_on_scan(tokens):
@@ -131,6 +142,7 @@ def test_bfloat16_is_near_float32(configured, filled, tokens, run):
         ({"heads": 3}, "heads=3 does not divide width=16"),
         ({"heads": [2, 4]}, "head_width must be given"),
         ({"kv_heads": 3}, "kv_heads=3 does not divide heads=4"),
+        ({"hidden": -1}, "hidden=-1 must be at least 0"),
         ({"hidden": [8]}, "hidden=.* has 1 entries, but depth is 2"),
         ({"heads": [2, 4], "head_width": 4, "scan": True}, "scan=true needs blocks of equal size"),
         ({"positions": "rotry"}, "did you mean 'rotary'"),

@@ -46,6 +46,7 @@ PROGRAM = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "accumulate"), [(None, 2), ("batch", 1)], ids=["microbatches", "batch statistics"])
 def test_pmap_on_eight_devices_equals_jit_on_one(norm, accumulate):
     environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"}

@@ -103,7 +103,7 @@ def test_what_lives_is_trained_as_if_there_were_nothing_else(node):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), params, expected)
 
 
-@pytest.mark.parametrize("name", ["gradual, global", "movement", "rigl"])
+@pytest.mark.parametrize("name", ["gradual, global", "movement", pytest.param("rigl", marks=pytest.mark.slow)])
 def test_a_scanned_model_takes_the_same_steps_as_unscanned(name, node):
     optimizer = Optimizer.from_config(node("adamw"), sparsify=RULES[name], ema=0.9)
     *_, (plain, state) = walk(optimizer, PARAMS, GRADIENTS)
