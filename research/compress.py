@@ -67,7 +67,7 @@ def compress(config: DictConfig) -> dict[str, Any]:
         scores = {f"{report['split']}/{name}": row["after"][0] for name, row in report["metrics"].items()}
         run.write_result(path, **{**source.result, "metrics": scores, "flops_per_example": report["flops_per_example"]["after"]})
     for table in ledger.tables(report):
-        Console().print(table, "")
+        Console(markup=False).print(table, "")
     if config.ledger.figures:
         ledger.draw(report, path / "figures" / "compression.png")
     app.say(f"wrote {os.fspath(path / LEDGER)}")

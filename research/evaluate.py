@@ -128,7 +128,7 @@ def _show(report: Mapping[str, Any]) -> None:
     for name in ("rmse", "mae", "r2") if "regression" in report else ():
         value = report["regression"][name]
         table.add_row(f"{name} (in the data's units)" if name != "r2" else name, "-" if value is None else f"{value:.4g}")
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 if __name__ == "__main__":

@@ -17,19 +17,21 @@ from rich.table import Table
 
 from research.core import app
 from research.core.config import resolved
-from research.core.errors import ConfigError, DataError, ResearchError
+from research.core.errors import ConfigError, ResearchError
 from research.core.folder import plain, write_json, write_text
 from research.data.inputs import read_inputs
 from research.explanation import methods
 from research.explanation.judge import Judge
 from research.explanation.model import Examples, Model, examples
 from research.explanation.page import page
-from research.explanation.result import Attribution, Finding, Result
+from research.explanation.result import Attribution, Finding, Result, one_each
 from research.figures import explanation as draw
 from research.run import Run
 
 FILE, PAGE = "explanation.json", "explanation.html"
+GIVEN = ("input", "index", "prompt")  # how examples are named
 MOST = 64  # examples of one command
+MISSED = 0.1  # share of an output's change that values which should add up to it may miss before a warning says so
 _log = logging.getLogger(__name__)
 
 
@@ -39,14 +41,17 @@ def explain(config: DictConfig) -> dict[str, Any]:
     Args:    config: as `research.compose([...], verb="explain")` gives it.
     Raises:  ResearchError: no run there, a method that does not fit it, an input that cannot be read or does not fit, a target out of range.
     """
+    _check(config)
     run = Run(config.run)
     chosen = _chosen(config)
     model = run.model(config.checkpoint, config.weights, data={str(name): value for name, value in config.data.items() if name != "split"})
+    given = any(config[name] is not None for name in GIVEN)
+    ready = {name: methods.prepare(model, name, node, given) for name, node in chosen.items()}  # all, before data is opened and time is taken
     found = _examples(config, run, model)
-    ready = {name: methods.prepare(model, name, node, found) for name, node in chosen.items()}  # all, before the first takes its time
     results, failed = [], {}
     for name, method in ready.items():
-        app.say(f"{name}: {'the model as a whole' if found is None else f'{len(found)} example' + 's' * (len(found) > 1)}")
+        read = 0 if found is None or method.reads == "nothing" else len(found)
+        app.say(f"{name}: {f'{read} example' + 's' * (read > 1) if read else 'the model as a whole'}")
         try:
             results.append(methods.apply(method, model, name, chosen[name], found, config.seed))
         except (ResearchError, ValueError) as error:
@@ -59,13 +64,14 @@ def explain(config: DictConfig) -> dict[str, Any]:
     verdict = Judge()(results, config.seed) if config.judge else None
     if verdict is not None:
         report["judge"] = verdict.summary()
-    _write(target, report, results, config.figures, verdict)
+    warnings = [*_incomplete(results), *(verdict.numbers["warnings"] if verdict is not None else ())]
+    _write(target, report, results, config.figures, verdict, warnings)
     for result in results:
         _show(result)
     if verdict is not None:
         _print(verdict.drawn[0])
-        for warning in verdict.numbers["warnings"]:
-            _log.warning("%s", warning)
+    for warning in warnings:
+        _log.warning("%s", warning)
     app.say(f"wrote {os.fspath(target / PAGE)}")
     for error in failed.values():  # what the others found is kept
         raise error
@@ -86,6 +92,20 @@ def _meant(argument: str) -> str:
     return f"methods={value}" if name == "method" and value.startswith("[") else argument
 
 
+def _check(config: DictConfig) -> None:
+    """Refuses a value of another kind.
+
+    Raises:  ConfigError: naming it.
+    """
+    for name in ("judge", "figures"):
+        if not isinstance(config[name], bool):
+            raise ConfigError(f"{name}={config[name]!r}: must be true or false")
+    if type(config.seed) is not int or config.seed < 0:
+        raise ConfigError(f"seed={config.seed!r}: must be a whole number of at least 0")
+    if config.position is not None and type(config.position) is not int:
+        raise ConfigError(f"position={config.position!r}: must be a whole number, from 0, or from the end where negative")
+
+
 def _chosen(config: DictConfig) -> dict[str, dict[str, Any]]:
     """{name: config node} of the methods to apply.
 
@@ -100,7 +120,11 @@ def _chosen(config: DictConfig) -> dict[str, dict[str, Any]]:
         if not isinstance(entry, str) and not (isinstance(entry, dict) and len(entry) == 1):
             raise ConfigError(f"method: {entry!r} is neither the name of a method nor {{NAME: {{SETTING: VALUE}}}}")
         name, settings = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
+        if str(name) in chosen:
+            raise ConfigError(f"method: {name} is listed twice; give each its own command, since arrays and pictures are named by their method")
         chosen[str(name)] = methods.node(str(name), settings)
+    if not chosen:
+        raise ConfigError(f"method=[] lists no method; there are: {', '.join(methods.names())}")
     return chosen
 
 
@@ -109,7 +133,7 @@ def _examples(config: DictConfig, run: Run, model: Model) -> Examples | None:
 
     Raises:  ConfigError: more than one of input, index and prompt, an index out of range, an empty prompt.
     """
-    given = [name for name in ("input", "index", "prompt") if config[name] is not None]
+    given = [name for name in GIVEN if config[name] is not None]
     if len(given) > 1:
         raise ConfigError(f"{given[0]} and {given[1]} are both given: give one of input, index and prompt")
     if not given:
@@ -131,7 +155,7 @@ def _drawn(config: DictConfig, run: Run, model: Model) -> tuple[list[str], dict[
     data = model.data()
     split = config.data.get("split") or next(name for name in ("test", "validation", "train") if name in data.splits)
     if split not in data.splits:
-        raise DataError(f"data.split={split!r}: the run's data has {', '.join(data.splits)}")
+        raise ConfigError(f"data.split={split!r}: the run's data has {', '.join(data.splits)}")
     source: Any = data.splits[split]
     source = getattr(source, "whole", source)  # windows that do not overlap, as they are scored
     given: Any = resolved(config)["index"]
@@ -167,15 +191,29 @@ def _folder(config: DictConfig, run: Run, chosen: Mapping[str, Any]) -> epath.Pa
     return run.path / "explanations" / f"{'-'.join(chosen)}-{digest}"
 
 
+def _incomplete(results: list[Result]) -> list[str]:
+    """A warning for each method whose values should add up to the output's change and miss much of it."""
+    warnings = []
+    for result in results:
+        if isinstance(result, Attribution) and result.delta is not None:
+            change = result.values.reshape(len(result.values), -1).sum(1) - result.delta
+            missed = np.abs(result.delta) > MISSED * np.maximum(np.abs(change), 1e-6)
+            if missed.any():
+                i = int(np.abs(np.where(missed, result.delta, 0.0)).argmax())
+                told = f"miss the output's change, {change[i]:.3g}, by {result.delta[i]:.3g}"
+                more = "; more points come closer" if "points" in result.settings else ""
+                warnings.append(f"{result.method}: the values of {result.names[i]} {told}{more}")
+    return warnings
+
+
 def _row(result: Result) -> dict[str, Any]:
     return {"method": result.method, "settings": dict(result.settings), "examples": list(result.names), **result.summary()}
 
 
-def _write(target: epath.Path, report: Mapping[str, Any], results: list[Result], figures: bool, verdict: Finding | None = None) -> None:
+def _write(target: epath.Path, report: Mapping[str, Any], results: list[Result], figures: bool, verdict: Finding | None, warnings: list[str]) -> None:
     """The page, the numbers, the arrays of each method and, with figures, a picture of each example."""
     title = f"{', '.join(result.method for result in results)} of {report['run']}"
     facts = {name: value for name, value in report.items() if name not in ("methods", "judge")}
-    warnings = () if verdict is None else verdict.numbers["warnings"]
     results = results if verdict is None else [*results, verdict]
     write_json(target / FILE, report)
     for result in results:
@@ -203,22 +241,29 @@ def _print(rows: draw.Panel) -> None:
         table.add_column(str(name), justify="right" if i else "left")
     for row in rows.rows:
         table.add_row(*map(draw.cell_text, row))
-    Console().print(table)
+    _tell(table)
+
+
+def _tell(table: Table) -> None:
+    """A table as it is: what stands in brackets in a name or a token is no markup."""
+    Console(markup=False).print(table)
 
 
 def _show(result: Result) -> None:
     """The numbers of a result on standard output."""
     for line in getattr(result, "lines", ()):
         app.say(line)
-    shown = {name: np.atleast_1d(value) for name, value in result.summary().items() if np.asarray(value).dtype.kind in "fiu" and np.ndim(value) < 2}
-    columns = [name for name, value in shown.items() if result.names and len(value) == len(result.names)]
+    columns = one_each(result)
+    if isinstance(result, Attribution) and result.subject is not None:  # in words rather than by number and place
+        explained = [result.explained(i) for i in range(len(result.names))]
+        columns = {"explained": explained, **{name: values for name, values in columns.items() if name not in ("target", "position")}}
     if columns:
         table = Table(box=None, header_style="bold", pad_edge=False)
         for name in (result.method, *columns):
             table.add_column(name.replace("_", " "), justify="left" if name == result.method else "right")
         for i, name in enumerate(result.names):
-            table.add_row(str(name), *(f"{shown[column][i]:.4g}" for column in columns))
-        Console().print(table)
+            table.add_row(str(name), *(draw.cell_text(values[i]) for values in columns.values()))
+        _tell(table)
 
 
 if __name__ == "__main__":

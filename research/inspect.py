@@ -24,7 +24,7 @@ from research.core.tree import paths, unstack
 from research.core.types import Objective
 from research.data.dataset import open_data
 from research.data.random_data import random_data
-from research.run import Run
+from research.run import Run, looked_into
 
 RECORDED = ("peak_bytes", "device", "train_flops_per_example", "energy_kwh", "co2_g", "energy_method")  # of result.json
 
@@ -61,7 +61,7 @@ def inspect(config: DictConfig) -> dict[str, Any]:
         "taps": {path: {"shape": tap.shape, "dtype": str(tap.dtype)} for path, tap in taps.items()},
     }
     for table in _tables(report, config.taps):
-        Console().print(table, "")
+        Console(markup=False).print(table, "")
     if config.json:
         write_json(config.json, report)
         app.say(f"wrote {config.json}")
@@ -85,8 +85,9 @@ def _run(config: DictConfig) -> tuple[dict[str, Any], Spec, Model, dict[str, Any
 
 def _experiment(config: DictConfig) -> tuple[dict[str, Any], Spec, None, dict[str, Any]]:
     """The same of what the config describes, which has no arrays yet."""
+    source = looked_into(config)
     try:
-        spec = open_data(config.data).spec
+        spec = source.spec if source is not None else open_data(config.data).spec
     except DataError as error:
         try:
             spec = random_data(config.data).spec

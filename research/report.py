@@ -29,8 +29,14 @@ from research.training.run import CONFIG, RESULT
 
 LEDGER = "compression.json"
 SKIPPED = ("checkpoints", "data", "figures", "samples")  # folders of a run that hold no runs
-COSTS = {"bytes": "bytes", "parameters": "parameters", "flops_per_example": "FLOPs per example", "ms": "ms of a batch"}  # that the figure draws
-FACTS = ("experiment", "method", "status", "step", "parameters", "bytes", "disk_bytes", "flops_per_example", "ms", "seconds")
+COSTS = {  # that the figure draws
+    "bytes": "bytes",
+    "parameters": "parameters",
+    "trained": "trained parameters",
+    "flops_per_example": "FLOPs per example",
+    "ms": "ms of a batch",
+}
+FACTS = ("experiment", "method", "status", "step", "parameters", "trained", "bytes", "disk_bytes", "flops_per_example", "ms", "seconds")
 DONE = ("finished", "stopped_early")  # a run that did not end so is marked
 NARROW = 14  # characters that a column of words has at least
 WIDE = Console(width=10_000)  # on which a table takes what it needs
@@ -111,7 +117,7 @@ def _row(folder: str, parents: dict[str, Row], settings: Sequence[str]) -> Row:
     row = {"run": folder, **dict.fromkeys(FACTS), "experiment": config["name"], "method": " + ".join(entry["method"] for entry in made) or None}
     row |= {path: value for path, (value, rest) in ((path, descend(config, path)) for path in settings) if not rest}
     row |= {name: result.get(name) for name in ("status", "step", "flops_per_example")}
-    row |= {"parameters": result.get("params"), "seconds": result.get("train_s")}
+    row |= {"parameters": result.get("params"), "trained": result.get("params"), "seconds": result.get("train_s")}
     row |= {name: float(value) for name, value in (result.get("metrics") or {}).items() if "/" in name and isinstance(value, int | float)}
     if (path / LEDGER).exists() and "sizes" in (ledger := _held(path / LEDGER, read_json)):
         row |= _measured(ledger, "after") | {"seconds": (row["seconds"] or 0.0) + sum(stage["seconds"] for stage in ledger["stages"])}
@@ -197,9 +203,20 @@ def _order(value: Any) -> tuple[bool, Any]:
 
 def _show(rows: Sequence[Row], metric: str | None, settings: Sequence[str]) -> None:
     """Prints the main columns; those that tell nothing here are left out, and of the others, where they do not fit, those that can be spared."""
-    console = Console()
-    columns = ["experiment", *settings, "method", *([metric] if metric else []), "parameters", "bytes", "flops_per_example", "ms", "seconds"]
-    columns = [name for name in columns if any(row.get(name) is not None for row in rows)]
+    console = Console(markup=False)
+    columns = [
+        "experiment",
+        *settings,
+        "method",
+        *([metric] if metric else []),
+        "parameters",
+        "trained",
+        "bytes",
+        "flops_per_example",
+        "ms",
+        "seconds",
+    ]
+    columns = [name for name in columns if any(row.get(name) is not None for row in rows) and (name != "trained" or _adapted(rows))]
     if len({row["experiment"] for row in rows}) == 1:
         columns.remove("experiment")
     table = _table(rows, columns, settings)
@@ -227,6 +244,11 @@ def _table(rows: Sequence[Row], columns: Sequence[str], settings: Sequence[str])
     return table
 
 
+def _adapted(rows: Sequence[Row]) -> bool:
+    """Whether a run here trained other parameters than those that it predicts with, as adapters beside a base that stands still."""
+    return any(row["trained"] is not None and row["trained"] != row["parameters"] for row in rows if row.get("parameters") is not None)
+
+
 def _setting(value: Any) -> str:
     return str(value).replace(" ", "")
 
@@ -250,9 +272,11 @@ def _write(out: epath.Path, rows: Sequence[Row], columns: Sequence[str], metric:
     names = ["report.csv", "report.json"]
     scored = [row for row in rows if metric in row]
     costs = {title: np.array([_number(row[name]) for row in scored], np.float64) for name, title in COSTS.items()}
-    costs = {name: x for name, x in costs.items() if np.isfinite(x).sum() > 1}
+    costs = {name: x for name, x in costs.items() if np.isfinite(x).sum() > 1 and np.nanmax(x) > 1.01 * np.nanmin(x)}  # that tell the runs apart
     if "bytes" in costs:
-        costs.pop("parameters", None)
+        costs.pop(COSTS["parameters"], None)
+    if not _adapted(rows):
+        costs.pop(COSTS["trained"], None)
     if metric is not None and costs:
         labels = [" ".join(_setting(row.get(path)) for path in config.settings) or row["method"] or row["experiment"] for row in scored]
         title = f"{config.runs}{': ' if config.settings else ''}{' '.join(path.rpartition('.')[2] for path in config.settings)}"

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
+from research.compression.distill import student
 from research.core.build import build
 from research.core.config import resolved, split_values, unscanned
 from research.core.errors import ConfigError, nearest
@@ -318,6 +319,37 @@ def text(
     model = (weights.params, weights.extra, weights.frozen, weights.hyper)
     made = generate(objective, *model, [ids], preprocessor.spec, tokens=tokens, sampling=sampling, seed=seed, start=start)
     return tokenizer.stream(int(token[0]) for token in made)
+
+
+def looked_into(config: DictConfig) -> Run | None:
+    """The run that this one looks into, whose data, model and objective the config then has, but for what the command says of the data.
+
+    Returns: None where the objective looks into no run, or its config says all.
+    Raises:  ConfigError: no such run, or a key that its data does not have.
+    """
+    if "teacher" not in config.objective or config.objective.teacher is not None:
+        return None
+    link, own = config.teacher.run, run.saved_config(epath.Path(config.run_dir)) if config.get("run_dir") else None
+    if own is not None and OmegaConf.select(own, "objective.teacher") is not None:  # to go on, the run needs no other
+        if link not in (None, own.teacher.run):
+            raise ConfigError(
+                f"teacher.run={link!r}: run_dir={config.run_dir!r} holds a run that looks into {own.teacher.run!r}: choose another run_dir"
+            )
+        source = Run(config.run_dir)
+        known = resolved(own)
+        model, teacher = known["model"], known["objective"]["teacher"]
+        with open_dict(config):
+            config.teacher = own.teacher
+    elif link:
+        source = Run(link)
+        plain, *_ = student(unscanned(resolved(source.config)), {}, {"student": None})
+        model, teacher = plain["model"], plain["objective"]
+    else:
+        raise ConfigError(f"teacher.run=null: {config.objective._target_.rpartition('.')[2]} looks into a trained run; give teacher.run=PATH")
+    data = source.data_config({str(name): value for name, value in config.data.items() if value is not None})
+    with open_dict(config):
+        config.data, config.model, config.objective.teacher = data, model, teacher
+    return source
 
 
 def _opened(path: str) -> Model:

@@ -37,7 +37,7 @@ from research.figures.images import sheet
 from research.inference.evaluate import evaluate
 from research.inference.predict import predict
 from research.inference.sample import Sampling
-from research.run import Run, Weights, judging, select, text
+from research.run import Run, Weights, judging, looked_into, select, text
 from research.training import log, run
 from research.training.assembly import Assembly, assemble, parts, settings
 from research.training.checkpoint import Checkpoints
@@ -57,6 +57,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     Raises:  ResearchError: of the kind that the exit code tells; result.json is written all the same.
     """
     keep_freed_memory()
+    explained = looked_into(config)
     _check(config)
     path, parent = _folder(config)
     with Interrupt().listening(patient=False) as interrupt, run.claimed(path):
@@ -65,7 +66,7 @@ def train(config: DictConfig) -> dict[str, Any]:
             return _nothing_to_do(path)
         training = None
         try:
-            training = Training(config, path, before, parent, interrupt)
+            training = Training(config, path, before, parent, interrupt, explained)
             if before is not None and _is_done(path, training.assembly.step.steps):
                 return _nothing_to_do(path)
             return training.run()
@@ -183,15 +184,24 @@ class Training:
     """One command's part of a run, from opened data to result.json.
 
     Args:    before: the config of the run that the folder holds; None: a new one.  parent: the run that this one is forked from.
-             interrupt: whether the process was asked to stop, listening already.
+             interrupt: whether the process was asked to stop, listening already.  explained: the run that this one looks into.
     """
 
-    def __init__(self, config: DictConfig, path: epath.Path, before: DictConfig | None, parent: Run | None, interrupt: Interrupt):
+    def __init__(
+        self,
+        config: DictConfig,
+        path: epath.Path,
+        before: DictConfig | None,
+        parent: Run | None,
+        interrupt: Interrupt,
+        explained: Run | None = None,
+    ):
         self.config, self.path, self.parent, self.before, self.interrupt = config, path, parent, before, interrupt
         self.began = False  # whether the folder has been written to
         app.say(f"run folder {os.fspath(path)}")
-        fitted = Preprocessor.load(path / "data") if before is not None else parent.preprocessor if parent is not None else None
-        self.dataset: Dataset = open_data(config.data, fitted)  # a fork too: its weights know the parent's tokens
+        known = parent or explained  # a fork too: its weights know the parent's tokens
+        fitted = Preprocessor.load(path / "data") if before is not None else known.preprocessor if known is not None else None
+        self.dataset: Dataset = open_data(config.data, fitted)
         if before is not None:
             check_spec(before.data.spec, self.dataset.spec, f"{os.fspath(path / run.CONFIG)}: data.spec")
         with open_dict(config):
@@ -206,10 +216,12 @@ class Training:
         with open_dict(config):
             config.train.steps, config.train.epochs = self.assembly.step.steps, None
         self._drawn, self._still = 0, self.assembly.still()
-        self._teacher = _teacher(config, self.assembly.step.objective, self.dataset)
+        self._keeps = getattr(self.assembly.step.objective, "keeps_teacher", False)
+        held = self._keeps and (before is not None or parent is not None)  # the folder has it
+        self._teacher = None if held else _teacher(config, self.assembly.step.objective, self.dataset)
         if config.check:
             self.assembly.check(self.loader.batch, self._taught(self._still))
-        if self._teacher is not None and config.teacher.cache:
+        if self._teacher is not None and not self._keeps and config.teacher.cache:
             source = place(Beside(self.dataset.split("train"), "teacher", self._answers()))
             self.loader, self._teacher = Loader(source, config.data.batch, seed=config.seed, parts=parts(config)), None
 
@@ -224,6 +236,9 @@ class Training:
                 checkpoints.save_frozen(self.parent.frozen())
                 checkpoints.save(state, host, best=False)
                 checkpoints.wait()
+            if self._keeps and self._teacher is not None:
+                checkpoints.save_frozen(self._taught(None))
+                self._teacher = None
             self._kept = checkpoints.frozen(self._still)
             self.frozen = self._taught(self._kept)
             self._write_folder()
@@ -240,7 +255,7 @@ class Training:
                 self.log.close()
 
     def _taught(self, frozen: Tree) -> Tree:
-        """What stands still, with the teacher in it where there is one: a run keeps a link to it, not its weights."""
+        """What stands still, with the teacher in it where there is one: a run keeps a link to it, its weights only where predicting needs them."""
         objective: Any = self.assembly.step.objective
         return frozen if self._teacher is None else objective.taught(frozen, *self._teacher)
 
@@ -420,7 +435,7 @@ class Training:
         for name, value in result["metrics"].items():
             table.add_row(name, "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value))
         speed = f", {result['steps_per_s']:.1f} steps/s" if result["steps_per_s"] else ""
-        Console().print(table)
+        Console(markup=False).print(table)
         app.say(f"{result['status']} at step {result['step']:,}: trained {result['train_s']:.1f} s{speed}, compiled {result['compile_s']:.1f} s")
         if result["expect"]:
             app.say(f"expected {_band(result['expect'])}: {'met' if result['expect']['met'] else 'MISSED'}")

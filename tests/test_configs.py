@@ -4,14 +4,16 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from omegaconf import OmegaConf, open_dict
 
 from research.core import folder
 from research.core.build import build
-from research.core.config import compose
+from research.core.config import compose, save_config
 from research.core.spec import abstract_batch, fields
 from research.explanation import methods
+from research.run import looked_into
 from research.training.assembly import assemble
 
 CONF, EXPERIMENTS = pathlib.Path(folder.conf()), pathlib.Path(folder.experiments())
@@ -19,6 +21,7 @@ IMAGE = {"fields": fields(image=((28, 28, 1), "float32"), label=((), "int32")), 
 TABLE = {"fields": fields(features=((7,), "float32"), target=((2,), "float32")), "features": 7, "outputs": 2}
 TEXT = {"fields": fields(mask=(16,), tokens=((16,), "int32"), target=((16,), "int32")), "vocabulary": 11, "time": 16, "bytes_per_token": 1.0}
 SPECS = {"classify": IMAGE, "regress": TABLE, "language_model": TEXT}
+TEACHERS = {"sparse_autoencoder": "shakespeare_char_cpu"}  # experiment: that of the run that its command names
 RELEVANCE = ("right_reasons", "attention_alignment")  # objectives that read which inputs may be used
 MODEL_OPTIONS = {
     "perceptron": ("model.outputs=3",),
@@ -50,9 +53,11 @@ def traced(overrides, spec):
     """The state after one update of what these overrides describe, as shapes alone."""
     config = compose([*overrides, "train.steps=300", "data.batch=4"])
     OmegaConf.set_struct(config, False)
+    if config.objective.get("teacher", "") is None:  # it looks into a run, here into one of a classifier
+        config.objective.teacher = compose([*overrides, "objective=classify"]).objective
     config.data.spec = spec
     assembly = assemble(config)
-    assembly.check(4)
+    assembly.check(4, assembly.still())
     return assembly
 
 
@@ -110,18 +115,27 @@ def test_every_experiment_says_what_it_is(path):
 
 
 @pytest.mark.parametrize("name", options("../experiments"))
-def test_every_experiment_takes_a_step_and_expects_what_it_measures(name):
+def test_every_experiment_takes_a_step_and_expects_what_it_measures(name, tmp_path):
     config = compose([f"experiment={name}"])
-    spec = spec_of(config)
+    data = compose([f"experiment={TEACHERS.get(name, name)}"])
+    spec = spec_of(data)
+    if name in TEACHERS:  # data, model and the objective that it looks into are those of a run: here of a folder that holds a config and no weights
+        with open_dict(data):
+            data.data.spec = spec
+        save_config(data, tmp_path / "config.yaml")
+        config.teacher.run = str(tmp_path)
+        assert looked_into(config) is not None
     with open_dict(config):
         config.data.spec = spec
     assembly = assemble(config, batches=20)
-    assembly.check(4)
+    still = assembly.still()
+    assembly.check(4, still)
     split, _, metric = config.expect.metric.partition("/")
     assert split in ("validation", "test") or (split == "train" and not config.data.get("validation", 0))
     objective, state, batch = assembly.step.objective, assembly.abstract(), abstract_batch(spec, 4)
-    tally, _ = jax.eval_shape(lambda s, b: objective(s.params, s.extra, None, b, None, s.hyper, train=False), state, batch)
-    assert metric in {*tally.metrics, *objective.derived(dict.fromkeys(tally.metrics, 1.0))}
+    tally, _ = jax.eval_shape(lambda s, f, b: objective(s.params, s.extra, f, b, None, s.hyper, train=False), state, still, batch)
+    means = {name: np.full(total.shape, 0.001).tolist() for name, (total, _) in tally.metrics.items()}  # a mean square above the squared mean
+    assert metric in {*means, *objective.derived(means)}
 
 
 def spec_of(config):

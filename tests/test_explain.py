@@ -167,6 +167,24 @@ def test_a_text_is_coloured_token_by_token(explain, parent):
     assert "b" not in {tag for tag, _ in seen.elements}
 
 
+def test_the_terminal_tells_what_is_explained_and_takes_brackets_as_they_are(command, parent, tmp_path):
+    argv = ("method=[saliency,induction_score]", "prompt='[/b]: a, b'", "target=x", f"out={tmp_path / 'out'}", "figures=false")
+    told = command("explain", f"run={parent('gpt')}", *argv)
+    assert told.code == 0, told.err
+    assert "'[/b]: a, b'  'x' after position 9" in told.out
+    assert "saliency: 1 example\ninduction_score: the model as a whole\n" in told.out
+    assert "induction score" not in told.out  # no table: its numbers are of no example
+
+
+def test_values_that_should_add_up_and_do_not_are_warned_of(command, parent, tmp_path):
+    argv = (f"run={parent('gpt')}", "prompt=abc", f"out={tmp_path / 'out'}", "figures=false")
+    words = "the values of 'abc' miss the output's change, "
+    told = command("explain", *argv, "method=integrated_gradients", "method.points=1", "method.baseline=1e-3")
+    assert any(words in line and line.endswith("more points come closer") for line in told.err), told.err
+    assert words in page(tmp_path / "out").words
+    assert not any(words in line for line in command("explain", *argv, "method=shap").err)
+
+
 def test_a_table_has_names_and_they_are_only_text(explain, table, tmp_path):
     (tmp_path / "new.csv").write_text(f"weight,{ODD},height,age\n1,2,3,4\n4,3,2,1\n")
     folder, report = explain(table, "method=input_x_gradient", f"input={tmp_path / 'new.csv'}", "target=perhaps")
@@ -271,6 +289,12 @@ BAD = {
         ("method=[{saliency: {absolut: false}}]", "index=0"),
         "saliency has no setting 'absolut'; did you mean 'absolute'?",
     ),
+    "a method twice": ("mlp", ("method=[saliency,{saliency: {absolute: false}}]", "index=0"), "method: saliency is listed twice"),
+    "an empty list": ("mlp", ("method=[]", "index=0"), "method=[] lists no method; there are: "),
+    "nothing to smooth": ("mlp", ("method=smooth_grad", "method.method=counterfactual", "index=0"), "counterfactual gives no number for each part"),
+    "a judge that is no yes or no": ("mlp", ("method=saliency", "index=0", "judge=maybe"), "judge='maybe': must be true or false"),
+    "a seed that is no number": ("mlp", ("method=saliency", "index=0", "seed=one"), "seed='one': must be a whole number of at least 0"),
+    "a position that is no number": ("gpt", ("method=saliency", "prompt=abc", "position=last"), "position='last': must be a whole number"),
     "a wrong setting": ("mlp", ("method=integrated_gradients", "method.points=0", "index=0"), "points=0 must be at least 1"),
     "an unknown tap": ("mlp", ("method=saliency", "method.at=inputt", "index=0"), "'inputt' is no tap of this model; did you mean 'input'?"),
     "a method that does not fit": ("mlp", ("method=grad_cam", "index=0"), "method=grad_cam does not fit this run: "),

@@ -10,7 +10,7 @@ from etils import epath
 from jaxtyping import Int
 
 from research.core.build import build
-from research.core.errors import DataError, nearest
+from research.core.errors import ConfigError, DataError, nearest
 from research.core.spec import Spec, check_spec
 from research.data.checks import check_finite, check_labels
 from research.data.preprocess import Preprocessor
@@ -107,6 +107,8 @@ def open_data(node: Any, fitted: Preprocessor | None = None) -> Dataset:
              fitted: of an existing run: its tokenizer, statistics and classes are used as they are; None: fit anew.
     Raises:  ConfigError: a node that cannot be built.  DataError: data that is missing, unreadable, empty, or not what the spec says.
     """
+    if "_target_" not in node:
+        raise ConfigError("data names no data of its own: data=of_teacher goes with teacher.run=PATH and an objective that looks into that run")
     dataset = build(node, where="data", without=("batch", "spec", "split"), fitted=fitted)
     check_spec(node.get("spec") or {}, dataset.spec)
     for name, source in dataset.splits.items():

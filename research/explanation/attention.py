@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from research.core.errors import ConfigError
-from research.explanation.model import Examples, Model, score
+from research.explanation.model import Examples, Model, outputs_of, score
 from research.explanation.result import Attribution, Finding
 from research.explanation.stream import WEIGHTS, blocks, by_head, grid, labels, seen, unfit
 from research.figures import explanation as draw
@@ -213,9 +213,8 @@ def _relevance(objective, names, arrays, batch, target):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _looks_back(objective, names, length, arrays, batch) -> Any:
-    params, extra, frozen, hyper = arrays
-    predicted, taps = objective.predict(params, extra, frozen, batch, None, hyper)
+    outputs, taps = outputs_of(objective, arrays, batch)
     new, again = jnp.arange(1, length, dtype=jnp.int32), jnp.arange(length, 2 * length, dtype=jnp.int32)
     places = {"induction": (again, again - length + 1), "previous": (new, new - 1), "same": (again, again - length)}
     looks = {look: [taps[name][:, :, query, key].mean((0, 2)) for name in names] for look, (query, key) in places.items()}
-    return next(iter(predicted.values())), looks
+    return outputs, looks

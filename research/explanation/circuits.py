@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from research.explanation.model import INPUT, Examples, Model, replaced
+from research.explanation.model import INPUT, Examples, Model, outputs_of, replaced
 from research.explanation.result import Finding
 from research.explanation.stream import HEADS, MIDDLE, OUTPUT, another, blocks, by_head, difference, final_factor, grid, seen, short, unfit
 from research.figures import explanation as draw
@@ -86,11 +86,10 @@ class Layout:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _decomposed(objective, layout, arrays, batch, target, against) -> tuple[Any, Any, Any, Any, Any]:
     """(output, contribution of each part, what is there without any part, the sum of these less the output, the parts' sum less the stream)."""
-    params, extra, frozen, hyper = arrays
 
     def run(edits=None):
-        predicted, taps = objective.predict(params, extra, frozen, batch, None, hyper, edits=edits)
-        return difference(next(iter(predicted.values())), target, against), taps
+        outputs, taps = outputs_of(objective, arrays, batch, edits)
+        return difference(outputs, target, against), taps
 
     output, taps = run()
     last = f"{layout.blocks[-1][0]}/{OUTPUT}"

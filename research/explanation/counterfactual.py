@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from research.core.errors import ConfigError, nearest
 from research.explanation.dependence import column, column_names, restored
-from research.explanation.model import INPUT, Examples, Model, replaced
+from research.explanation.model import INPUT, Examples, Model, outputs_of, replaced
 from research.explanation.result import Finding
 from research.figures import explanation as draw
 
@@ -154,12 +154,10 @@ def _search(objective, settings, arrays, batch, value, wanted, open_, low, high,
     """(the nearest input of each example that flips, or the input itself; whether it flips; its class)."""
     norm, searches, steps = settings
     margin, rate, penalty = numbers
-    params, extra, frozen, hyper = arrays
     axes = tuple(range(1, value.ndim))
 
     def outputs(change) -> Float[Array, "b n"]:
-        predicted, _ = objective.predict(params, extra, frozen, batch, None, hyper, edits={INPUT: replaced(value + change)})
-        return next(iter(predicted.values()))
+        return outputs_of(objective, arrays, batch, {INPUT: replaced(value + change)})[0]
 
     def lead(change) -> Float[Array, "b"]:
         """By how much the best of the wanted classes is ahead of the best of the others."""

@@ -17,7 +17,7 @@ from research.core.keys import named
 from research.core.progress import track
 from research.core.types import Batch
 from research.explanation.lime import generator
-from research.explanation.model import INPUT, Examples, Model
+from research.explanation.model import INPUT, Examples, Model, outputs_of
 from research.explanation.perturbation import ROWS, axes, check_rows
 from research.explanation.result import Finding
 from research.explanation.segments import check_segments, grid
@@ -312,11 +312,9 @@ def _names(model: Model, groups: Int[np.ndarray, "..."]) -> list[str]:
 @functools.partial(jax.jit, static_argnums=(0, 1, 5))
 def _swapped(objective, score, arrays, batch, donor, field, covered):
     """The score of each example, its covered positions from its donor."""
-    params, extra, frozen, hyper = arrays
-    value = objective.predict(params, extra, frozen, {**batch, field: donor}, None, hyper)[1][INPUT]
+    value = outputs_of(objective, arrays, {**batch, field: donor})[1][INPUT]
     mask = covered.reshape((1, *covered.shape) + (1,) * (value.ndim - 1 - covered.ndim))
-    predicted, _ = objective.predict(params, extra, frozen, batch, None, hyper, edits={INPUT: (mask, value)})
-    outputs = next(iter(predicted.values()))
+    outputs, _ = outputs_of(objective, arrays, batch, {INPUT: (mask, value)})
     if score == "accuracy":
         return (outputs.argmax(-1) == batch["label"]).astype(jnp.float32)
     if "label" in batch:
@@ -327,7 +325,5 @@ def _swapped(objective, score, arrays, batch, donor, field, covered):
 @functools.partial(jax.jit, static_argnums=0)
 def _set(objective, arrays, batch, column, value):
     """All outputs with one column at this value."""
-    params, extra, frozen, hyper = arrays
     mask = (jnp.arange(batch["features"].shape[1], dtype=jnp.int32) == column)[None]
-    predicted, _ = objective.predict(params, extra, frozen, batch, None, hyper, edits={INPUT: (mask, value[None, None])})
-    return next(iter(predicted.values()))
+    return outputs_of(objective, arrays, batch, {INPUT: (mask, value[None, None])})[0]

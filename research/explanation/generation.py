@@ -11,7 +11,7 @@ import numpy as np
 from research.core.errors import ConfigError
 from research.core.progress import track
 from research.explanation.gradient import InputXGradient, IntegratedGradients
-from research.explanation.model import Examples, Model
+from research.explanation.model import Examples, Model, outputs_of
 from research.explanation.result import Finding
 from research.explanation.stream import seen
 from research.figures import explanation as draw
@@ -65,8 +65,9 @@ class Generation:
             )
             whole = np.concatenate([row[0, :count], made])
             read = np.broadcast_to(whole[:-1], (self.tokens, len(whole) - 1))
-            batch = {"tokens": read, "mask": np.ones(read.shape, bool), "index": np.arange(self.tokens, dtype=np.int32)}
             places = np.arange(count - 1, len(whole) - 1, dtype=np.int32)
+            before = np.arange(len(whole) - 1, dtype=np.int32)[None] <= places[:, None]
+            batch = {"tokens": read, "mask": before, "index": np.arange(self.tokens, dtype=np.int32)}
             asked = Examples(batch, [f"{name}, token {place + 1}" for place in places], np.stack([places, made], axis=1))
             found = method(model, asked, key)
             kept |= {f"values_{i}": found.values, f"tokens_{i}": whole, f"output_{i}": found.output}
@@ -87,11 +88,10 @@ class Generation:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _continued(objective, tokens, arrays, row, count, temperature, key):
     """The tokens that the model adds to the first `count` of the row."""
-    params, extra, frozen, hyper = arrays
 
     def step(row, n):
         batch = {"tokens": row, "mask": jnp.ones(row.shape, bool), "index": jnp.zeros(1, jnp.int32)}
-        logits = next(iter(objective.predict(params, extra, frozen, batch, None, hyper)[0].values()))[0, count + n - 1]
+        logits = outputs_of(objective, arrays, batch)[0][0, count + n - 1]
         lot = jax.random.categorical(jax.random.fold_in(key, n), logits / jnp.maximum(temperature, 1e-6))
         new = jnp.where(temperature > 0, lot, logits.argmax(-1)).astype(row.dtype)
         return row.at[0, count + n].set(new, mode="drop"), new

@@ -18,7 +18,7 @@ from research.explanation.result import Attribution
 from research.layers.activation import guided
 
 ROWS = 128  # inputs in one call of a program that visits many points
-FILLS = ("blur", "mean")  # baselines made of the image itself
+FILLS = ("blur", "mean")  # baselines made of the input itself
 BLUR = 0.1  # standard deviation of the blur, in shorter sides of the image
 
 
@@ -177,12 +177,13 @@ class IntegratedGradients(Path):
     """(input - baseline) x the mean gradient on the straight line between them.
 
     Args:    baseline: a number that fills the tap, in the units in which the model reads it; of images also "blur" or "mean": the image
-             itself blurred, or the mean of each of its channels.
+             itself blurred, or the mean of each of its channels; of a text "mean", the mean of its own embeddings. None: "mean" for a text,
+             else 0. An embedding of zeros is a poor one: behind a norm all that happens on the line happens next to 0, where no quadrature sees it.
     Raises:  ValueError: less than one point or row, or a baseline that does not exist.
     Source:  Sundararajan, Taly and Yan 2017.
     """
 
-    baseline: float | str = 0.0
+    baseline: float | str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -196,7 +197,14 @@ class IntegratedGradients(Path):
     def __call__(self, model: Model, examples: Examples, key: jax.Array) -> Attribution:
         """The integral at each entry; of tokens its sum over the embedding."""
         value = read(model, examples, self.at)
-        return self.integrate(model, examples, value, fill(value, self.baseline)[:, None])
+        baseline = self.baseline
+        if baseline is None:
+            baseline = "mean" if model.field == "tokens" and self.at == INPUT else 0.0
+        if baseline == "mean" and model.field == "tokens":
+            base = token_mean(value, real(examples))
+        else:
+            base = fill(value, baseline)
+        return self.integrate(model, examples, value, base[:, None])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,11 +271,18 @@ def vanishing(model: Model, at: str, instead: str) -> str | None:
     return f"signed gradients sum to nothing over a token's embedding; {instead}" if model.field == "tokens" and at == INPUT else None
 
 
-def misfit(model: Model, at: str, baseline: float | str) -> str | None:
+def misfit(model: Model, at: str, baseline: float | str | None) -> str | None:
     """Why there is no such baseline at this tap; None: there is."""
-    if isinstance(baseline, str) and (model.field != "image" or at != INPUT):
-        return f"baseline={baseline} is made of an image, at the tap {INPUT}; give a number"
+    made_of = ("image", "tokens") if baseline == "mean" else ("image",)
+    if isinstance(baseline, str) and (model.field not in made_of or at != INPUT):
+        return f"baseline={baseline} is made of {' or '.join(made_of)}, at the tap {INPUT}; give a number"
     return None
+
+
+def token_mean(value: Float[np.ndarray, "b t d"], mask: np.ndarray) -> Float[np.ndarray, "b t d"]:
+    """At each position the mean of the text's own embeddings, padding left out."""
+    kept = mask[..., None].astype(np.float32)
+    return np.broadcast_to((value * kept).sum(1, keepdims=True) / np.maximum(kept.sum(1, keepdims=True), 1), value.shape)
 
 
 def fill(value: Float[np.ndarray, "b ..."], baseline: float | str) -> Float[np.ndarray, "b ..."]:

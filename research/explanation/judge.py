@@ -17,7 +17,7 @@ from research.core.progress import track
 from research.core.tree import map_paths
 from research.core.types import Batch, Edits, Hyper, Objective, Tree
 from research.explanation import methods
-from research.explanation.model import INPUT, Examples, Model, replaced
+from research.explanation.model import INPUT, Examples, Model, with_input
 from research.explanation.order import layer_of, layers
 from research.explanation.perturbation import coalition_scores
 from research.explanation.result import Attribution, Finding, Method, Result
@@ -228,12 +228,7 @@ class Disturbed:
         draw = functools.partial(jax.random.uniform, shape=clean.shape[1:], minval=-1.0, maxval=1.0)
         noise = jax.vmap(draw)(per_example(frozen["noise"], jnp.asarray(batch["index"])))
         value = clean + (self.radius * spread * noise).astype(clean.dtype)
-        edit = (edits or {}).get(INPUT)
-        if isinstance(edit, tuple | list):
-            value = jnp.where(edit[0], jnp.asarray(edit[1], value.dtype), value)
-        elif edit is not None:
-            value = value + jnp.asarray(edit, value.dtype)
-        return own(edits={**(edits or {}), INPUT: replaced(value)})
+        return own(edits=with_input(value, edits))
 
 
 def shuffled(model: Model, names: Sequence[str], random: np.random.Generator) -> Model:

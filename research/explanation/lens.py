@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from research.core.errors import ConfigError
 from research.core.progress import track
-from research.explanation.model import INPUT, Examples, Model, replaced
+from research.explanation.model import INPUT, Examples, Model, outputs_of, replaced
 from research.explanation.result import Finding
 from research.explanation.stream import OUTPUT, blocks, labels, seen, short, unfit
 from research.figures import explanation as draw
@@ -169,20 +169,14 @@ def _finding(model: Model, examples: Examples, layers: tuple[str, ...], read: di
 
 def _through(objective, layers, arrays, lens, batch, each):
     """(the model's logits, each(logits after one layer, the model's logits), stacked): one layer's logits at a time are in memory."""
-    params, extra, frozen, hyper = arrays
-
-    def run(edits):
-        predicted, taps = objective.predict(params, extra, frozen, batch, None, hyper, edits=edits)
-        return next(iter(predicted.values())), taps
-
-    final, taps = run(None)
+    final, taps = outputs_of(objective, arrays, batch)
     stacked = jnp.stack([taps[name] for name in layers])
 
     def one(values):
         stream, maps = values
         if maps is not None:
             stream = stream + (stream @ maps["kernel"] + maps["bias"].reshape(1, 1, -1)).astype(stream.dtype)
-        return each(run({layers[-1]: replaced(stream)})[0], final)
+        return each(outputs_of(objective, arrays, batch, {layers[-1]: replaced(stream)})[0], final)
 
     return jax.lax.map(one, (stacked, lens))
 

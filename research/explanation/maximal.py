@@ -17,9 +17,10 @@ from research.explanation.model import INPUT, Examples, Model, replaced
 from research.explanation.result import Finding
 from research.explanation.split import Split, described
 from research.explanation.vectors import ROWS, drawn, last, sequential
-from research.figures.explanation import Panel, Pictures, Rows, Tokens
+from research.figures.explanation import Bars, Lines, Panel, Pictures, Rows, Tokens
 
 SHOWN = 4  # units that are shown where none is named
+SHARES = {"explained_variance": "variance", "recovered": "loss"}  # what a reconstruction keeps
 CONTEXT = 24  # tokens before and after the one that a unit answers to most
 
 
@@ -199,3 +200,86 @@ def _blurred(x: Float[Array, "b y x c"], deviation: float) -> Float[Array, "b y 
         padded, size = jnp.pad(x, widths, mode="edge"), x.shape[axis]
         x = functools.reduce(jnp.add, (weight * jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i, weight in enumerate(weights)))
     return x
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseFeatures:
+    """What the features of a sparse autoencoder are: how often each is above 0, those that never are, and the examples that raise some most.
+
+    Args:    at: the tap of the features.  features: their numbers; None: some, evenly among those alive from the rarest to the commonest.
+             count: how many are shown where none is named.  examples: that are searched.  top: of them that are shown.
+             split: train | validation | test; None: the last that there is.
+    Source:  Bricken et al. 2023, feature densities.
+    """
+
+    at: str = "dictionary/features"
+    features: tuple[int, ...] | int | None = None
+    count: int = 4
+    examples: int = 1000
+    top: int = 4
+    split: str | None = None
+    reads: ClassVar[str] = "nothing"
+
+    def fits(self, model: Model) -> str | None:
+        """It needs a run of a sparse autoencoder, and its data."""
+        if model.data is None:
+            return "it has no data to search"
+        return None if self.at in model.taps else f"it has no tap {self.at}; experiment=sparse_autoencoder trains a run that has"
+
+    def __call__(self, model: Model, examples: Examples | None, key: jax.Array) -> Finding:
+        """Densities, scores of the reconstruction, and the examples of some features."""
+        split = drawn(model, self.split or last(model), self.examples, key)
+        answers, density = searched(model, split, self.at)
+        alive = np.flatnonzero(density > 0)
+        scores = _scores(model, split)
+        numbers: dict[str, Any] = {"features": len(density), "dead": float((density == 0).mean()), "active": float(density.sum()), **scores}
+        numbers["median_density"] = float(np.median(density[alive])) if len(alive) else 0.0
+        panels: list[Panel] = [_densities(density)]
+        if losses := {name: scores[f"{name}_loss"] for name in ("model", "spliced", "ablated") if f"{name}_loss" in scores}:
+            names = {"model": "the model itself", "spliced": "reconstruction in its place", "ablated": "zeros in its place"}
+            title = "kept: " + ", ".join(f"{scores[name]:.1%} of the {word}" for name, word in SHARES.items() if name in scores)
+            panels.append(Bars([names[name] for name in losses], np.array(list(losses.values())), title, "loss of the model", ordered=False))
+        order = alive[np.argsort(density[alive], kind="stable")]
+        chosen = (
+            order[np.linspace(0, len(order) - 1, min(self.count, len(order))).round().astype(int)]
+            if self.features is None
+            else np.atleast_1d(self.features)
+        )
+        for feature in chosen.tolist():
+            if not 0 <= feature < len(density):
+                raise ConfigError(f"method.features={feature}: there are the features 0 to {len(density) - 1}")
+            best = np.argsort(-answers[:, feature], kind="stable")[: self.top]
+            best = best[answers[best, feature] > 0]  # of a rare one there may be fewer
+            if len(best):
+                panels += top_examples(model, split.source, self.at, feature, split.indices[best], answers[best, feature], "feature")
+        line = f"{len(alive)} of {len(density)} features are alive, {numbers['active']:.1f} above 0 at once"
+        return Finding(panels, {**numbers, "shown": chosen.tolist()}, {"density": density.astype(np.float32)}, lines=(line,))
+
+
+def _scores(model: Model, split: Split) -> dict[str, float]:
+    """What the objective itself reports of these examples."""
+    sums: dict[str, Any] = {}
+    rows = min(ROWS, len(split))
+    for where, batch in split.chunks(rows):
+        valid = np.asarray(batch["mask"]) & (np.arange(rows) < where.stop - where.start).reshape(-1, *[1] * (np.ndim(batch["mask"]) - 1))
+        pairs = jax.tree.map(lambda x: np.asarray(x, np.float64), _tallied(model.objective, model.arrays, {**batch, "mask": valid}))
+        sums = jax.tree.map(np.add, sums, pairs) if sums else pairs
+    means: dict[str, Any] = {name: (total / np.maximum(weight, 1e-30)).tolist() for name, (total, weight) in sums.items()}
+    return {name: value for name, value in means.items() if not isinstance(value, list)} | model.objective.derived(means)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _tallied(objective, arrays, batch):
+    params, extra, frozen, hyper = arrays
+    return objective(params, extra, frozen, batch, None, hyper, train=False)[0].metrics
+
+
+def _densities(density: Float[np.ndarray, "m"]) -> Lines:
+    """How many features are how often above 0."""
+    alive = np.log10(density[density > 0])
+    low = np.floor(alive.min()) if len(alive) else -1.0
+    counts, edges = np.histogram(alive, np.linspace(low, 0.0, 25))
+    places = np.repeat(edges, 2)
+    heights = np.concatenate([[0], np.repeat(counts, 2), [0]])
+    title = f"{int((density == 0).sum())} of {len(density)} features dead in these examples"
+    return Lines({"features": (places, heights)}, title, "log10 of the share of items at which a feature is above 0", "features")

@@ -42,10 +42,10 @@ def node(name: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]
     return merged
 
 
-def prepare(model: Model, name: str, config: Mapping[str, Any], examples: Examples | None) -> Method:
-    """A method, built and held against the model and the examples before anything is computed.
+def prepare(model: Model, name: str, config: Mapping[str, Any], given: bool) -> Method:
+    """A method, built and held against the model before anything is computed.
 
-    Args:    name: of the method.  config: its node.  examples: what to explain; None for a method that reads nothing.
+    Args:    name: of the method.  config: its node.  given: whether there are examples to explain.
     Raises:  ConfigError: a method that does not fit the model, with those that do; a tap that does not exist; no examples where some are needed.
     """
     method: Method = build(config, where="method")
@@ -54,7 +54,7 @@ def prepare(model: Model, name: str, config: Mapping[str, Any], examples: Exampl
     at = getattr(method, "at", None)
     if isinstance(at, str) and not set("*?[") & set(at):
         model.require(at)
-    if examples is None and method.reads == "examples":
+    if not given and method.reads == "examples":
         raise ConfigError(f"method={name} explains examples: give input=PATH, index=NUMBERS of the run's own data, or prompt=TEXT")
     return method
 
@@ -67,7 +67,8 @@ def apply(method: Method, model: Model, name: str, config: Mapping[str, Any], ex
     """
     result = method(model, examples, jax.random.key(seed))
     told = {key: value for key, value in config.items() if not key.startswith("_")}
-    known = {"method": name, "settings": told, "names": tuple(examples.names) if examples is not None else ()}
+    names = tuple(examples.names) if examples is not None and method.reads == "examples" else ()
+    known = {"method": name, "settings": told, "names": names}
     if isinstance(result, Attribution):
         assert examples is not None
         _require_finite(result, name)
@@ -77,7 +78,7 @@ def apply(method: Method, model: Model, name: str, config: Mapping[str, Any], ex
 
 def explain(model: Model, name: str, config: Mapping[str, Any], examples: Examples | None, seed: int = 0) -> Result:
     """One explanation: `prepare` and `apply`."""
-    return apply(prepare(model, name, config, examples), model, name, config, examples, seed)
+    return apply(prepare(model, name, config, examples is not None), model, name, config, examples, seed)
 
 
 def fitting(model: Model) -> list[str]:

@@ -85,7 +85,7 @@ class Model:
         order: list[str] = []
 
         def recorded(arrays, batch):
-            taps = _predict(self.objective, arrays, batch, None)[1]
+            taps = outputs_of(self.objective, arrays, batch, None)[1]
             order.extend(taps)
             return taps
 
@@ -95,7 +95,7 @@ class Model:
     @functools.cached_property
     def outputs(self) -> tuple[int, ...]:
         """The shape of the outputs of one example: (classes,), (time, vocabulary) or (targets,)."""
-        predicted = jax.eval_shape(functools.partial(_predict, self.objective), self.arrays, abstract_batch(self.spec, 1), None)[0]
+        predicted = jax.eval_shape(functools.partial(outputs_of, self.objective), self.arrays, abstract_batch(self.spec, 1), None)[0]
         return predicted.shape[1:]
 
     def read(self, batch: Batch, names: Sequence[str] = (), edits: Edits | None = None) -> tuple[Float[Array, "b ..."], dict[str, Array]]:
@@ -163,7 +163,7 @@ def examples(model: Model, batch: Batch, names: Sequence[str] | None = None, tar
 
     Args:    target: an output's number, a class's name or a token's text, one for all or a list of one each; None: what the model finds likeliest,
              the first output of a regression.  position: of a model with an output at each: where to look; None: the last one that counts.
-    Raises:  ConfigError: a target or a position out of range, a name that is no class, an input of another shape.
+    Raises:  ConfigError: a target or a position out of range, a name that is no class, an input of another shape, a mask that covers nothing.
     """
     rows = len(batch["mask"])
     batch = {"index": np.arange(rows, dtype=np.int32), **batch}
@@ -173,6 +173,10 @@ def examples(model: Model, batch: Batch, names: Sequence[str] | None = None, tar
         scored = np.asarray(batch["mask"])
         batch["mask"] = np.arange(scored.shape[1]) < _read_until(scored)[:, None]
     known = names or [f"example {i}" for i in range(rows)]
+    covered = np.asarray(batch["mask"])
+    covered = covered.any(tuple(range(1, covered.ndim)))
+    if not covered.all():
+        raise ConfigError(f"{known[int(covered.argmin())]}: its mask covers nothing, so there is nothing to explain")
     values = np.asarray(model.read(batch)[0])
     sequential = len(model.outputs) == 2
     places = None
@@ -199,23 +203,36 @@ def pick(outputs: Float[Array, "b ..."], target: Int[Array, "b k"]) -> Float[Arr
     return outputs[(jnp.arange(len(outputs), dtype=jnp.int32), *target.T)]
 
 
-def score(
-    objective: Objective, arrays: tuple[Tree, Tree, Tree, Hyper], batch: Batch, target: Int[Array, "b k"], edits: Edits | None = None
-) -> tuple[Float[Array, "b"], dict[str, Array]]:
-    """(the output to explain of each example, taps), a pure function: differentiate it with respect to the edits, never to the batch."""
-    outputs, taps = _predict(objective, arrays, batch, edits)
-    return pick(outputs, target), taps
-
-
-def _predict(objective, arrays, batch, edits):
+def outputs_of(
+    objective: Objective, arrays: tuple[Tree, Tree, Tree, Hyper], batch: Batch, edits: Edits | None = None
+) -> tuple[Float[Array, "b ..."], dict[str, Array]]:
+    """(outputs, taps), a pure function: what `Model.read` compiles, for programs that need more than it gives."""
     params, extra, frozen, hyper = arrays
     predicted, taps = objective.predict(params, extra, frozen, batch, None, hyper, edits=edits)
     return next(iter(predicted.values())), taps
 
 
+def with_input(value: Array, edits: Edits | None) -> Edits:
+    """The edits with this value as the input's own: what they do to the input, they do to it."""
+    edit = (edits or {}).get(INPUT)
+    if isinstance(edit, tuple | list):
+        value = jnp.where(edit[0], jnp.asarray(edit[1], value.dtype), value)
+    elif edit is not None:
+        value = value + jnp.asarray(edit, value.dtype)
+    return {**(edits or {}), INPUT: replaced(value)}
+
+
+def score(
+    objective: Objective, arrays: tuple[Tree, Tree, Tree, Hyper], batch: Batch, target: Int[Array, "b k"], edits: Edits | None = None
+) -> tuple[Float[Array, "b"], dict[str, Array]]:
+    """(the output to explain of each example, taps), a pure function: differentiate it with respect to the edits, never to the batch."""
+    outputs, taps = outputs_of(objective, arrays, batch, edits)
+    return pick(outputs, target), taps
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _read(objective, names, arrays, batch, edits):
-    outputs, taps = _predict(objective, arrays, batch, edits)
+    outputs, taps = outputs_of(objective, arrays, batch, edits)
     return outputs, {name: taps[name] for name in names}
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from research.core.errors import ConfigError
 from research.core.progress import track
-from research.explanation.model import Examples, Model
+from research.explanation.model import Examples, Model, outputs_of
 from research.explanation.result import Finding
 from research.explanation.split import Split, described, shown, training_split
 from research.figures.explanation import Rows
@@ -130,8 +130,7 @@ def _nearest(
     objective, tap: str, distance: str, nearest: int, arrays, batch, points: Float[Array, "b d"], counts
 ) -> tuple[Float[Array, "b k"], Array, Array]:
     """(distance, row, position) of the nearest points of a batch; those that do not count are infinitely far."""
-    params, extra, frozen, hyper = arrays
-    values = objective.predict(params, extra, frozen, batch, None, hyper)[1][tap].astype(jnp.float32)
+    values = outputs_of(objective, arrays, batch)[1][tap].astype(jnp.float32)
     values = values.reshape(counts.size, -1)  # n d
     if distance == "cosine":
         values = values / jnp.maximum(jnp.linalg.norm(values, axis=1, keepdims=True), 1e-12)

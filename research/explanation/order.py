@@ -8,7 +8,7 @@ import jax.extend
 
 from research.core.spec import abstract_batch
 from research.core.tree import paths
-from research.explanation.model import Model
+from research.explanation.model import Model, outputs_of
 
 WRAPPED = ("own", "inner", "adapters", "trained")  # under what names a wrapper of an objective nests the layers
 
@@ -21,8 +21,7 @@ def layers(model: Model) -> dict[str, tuple[int, int]]:
     """
 
     def outputs(arrays, batch):
-        params, extra, frozen, hyper = arrays
-        return model.objective.predict(params, extra, frozen, batch, None, hyper)[0]
+        return outputs_of(model.objective, arrays, batch)[0]
 
     arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.arrays)
     program = jax.make_jaxpr(outputs)(arrays, abstract_batch(model.spec, 1)).jaxpr

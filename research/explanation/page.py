@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from research.explanation.result import Attribution, Result
+from research.explanation.result import Attribution, Result, one_each
 from research.figures import explanation as draw
 
 STYLE = """
@@ -80,17 +80,13 @@ def _table(panel: draw.Rows) -> str:
 
 def _told(result: Result, i: int) -> str:
     """The numbers of one example, below its picture."""
-    told = []
-    for name, value in result.summary().items():
-        array = np.asarray(value)
-        if array.ndim == 1 and len(array) == len(result.names) and array.dtype.kind in "fiu":
-            told.append(f"{name.replace('_', ' ')} {array[i]:.4g}")
+    told = [f"{name.replace('_', ' ')} {values[i]:.4g}" for name, values in one_each(result).items()]
     return f'<p class="faint">{html.escape(", ".join(told))}</p>' if told else ""
 
 
 def _short(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Without what is told below each picture."""
-    return {name: value for name, value in summary.items() if np.ndim(value) == 0 or isinstance(value, str)}
+    return {name: value for name, value in summary.items() if not isinstance(value, list | tuple | np.ndarray)}
 
 
 def _mapping(values: Mapping[str, Any]) -> str:

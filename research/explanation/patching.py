@@ -14,7 +14,7 @@ from research.core.errors import ConfigError
 from research.core.progress import track
 from research.core.tree import matches
 from research.core.types import Batch
-from research.explanation.model import INPUT, Examples, Model, replaced
+from research.explanation.model import INPUT, Examples, Model, outputs_of, replaced
 from research.explanation.result import Finding
 from research.explanation.stream import HEADS, OUTPUT, another, blocks, by_head, chosen, difference, grid, labels, seen, short
 from research.figures import explanation as draw
@@ -128,7 +128,7 @@ class Patching(Pair):
         raw, _ = sweep(model, base, examples.target, against, every, values, rows=self.rows, what="patching")
         scores = {site: (raw[site] - low) / (high - low) for site in every}
         whole = {site.tap: scores[site].mean(1)[0] for site in every if site.by == "whole"}
-        each = [_panels(model, examples, i, sites, scores, corrupt) for i in range(len(examples))]
+        each = [_panels(model, examples, i, sites, scores, corrupt, _compared(model, examples, against, i)) for i in range(len(examples))]
         kept = {f"{site.tap}/{site.by}".replace("/", "."): scores[site].T for site in every}
         numbers = {
             "clean": high,
@@ -142,7 +142,7 @@ class Patching(Pair):
             if any(site.by == "head" for site in sites):
                 drawn.append(_heads([site for site in sites if site.by == "head"], {site: score.mean(1) for site, score in scores.items()}, "mean"))
             drawn.append(draw.Bars([short(tap) for tap in whole], np.array(list(whole.values())), "the tap as a whole, mean", ordered=False))
-        return Finding(drawn, numbers, kept, each)
+        return Finding(drawn, numbers, kept, each, _lines(model, examples, against, high, low))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ class PathPatching(Pair):
             if len(examples) > 1:
                 drawn.append(_heads(sites, {site: score.mean(1) for site, score in scores.items()}, f"{title}, mean"))
         numbers = {"clean": high, "corrupt": low, "target": examples.target[:, -1], "against": against, "receivers": receivers}
-        return Finding(drawn, numbers, kept, each)
+        return Finding(drawn, numbers, kept, each, _lines(model, examples, against, high, low))
 
     def _notices(self, model: Model, receiver: str) -> Bool[np.ndarray, "..."]:
         """Where of the receiver the change is let in."""
@@ -375,7 +375,21 @@ def _truth(model: Model, examples: Examples) -> tuple[np.ndarray, np.ndarray] | 
     return np.asarray(examples.batch["target"]), np.asarray(counts)
 
 
-def _panels(model: Model, examples: Examples, i: int, sites: Sequence[Site], scores: Mapping[Site, np.ndarray], corrupt: Batch) -> list[draw.Panel]:
+def _compared(model: Model, examples: Examples, against: Int[np.ndarray, "b"], i: int) -> str:
+    """What the scores of one example are of, as a person knows it: an output, or one less another."""
+    name = model.name(int(examples.target[i, -1]))
+    return name if against[i] < 0 else f"{name} less {model.name(int(against[i]))}"
+
+
+def _lines(model: Model, examples: Examples, against: Int[np.ndarray, "b"], high: np.ndarray, low: np.ndarray) -> list[str]:
+    """What each example's 1 and 0 are."""
+    told = [_compared(model, examples, against, i) for i in range(len(examples))]
+    return [f"{name}: {told[i]} is {high[i]:.4g} clean, {low[i]:.4g} corrupt" for i, name in enumerate(examples.names)]
+
+
+def _panels(
+    model: Model, examples: Examples, i: int, sites: Sequence[Site], scores: Mapping[Site, np.ndarray], corrupt: Batch, what: str
+) -> list[draw.Panel]:
     """Layer x position, layer x head, and bars of what is exchanged as a whole."""
     panels: list[draw.Panel] = []
     note = "1: as clean, 0: as corrupt"
@@ -384,15 +398,15 @@ def _panels(model: Model, examples: Examples, i: int, sites: Sequence[Site], sco
         others = [seen(model.token(int(t))) for t in np.asarray(corrupt["tokens"])[i][: len(tokens)]]
         columns = [a if a == b else f"{a}/{b}" for a, b in zip(tokens, others, strict=True)]
         values = np.stack([scores[site][: len(tokens), i] for site in placed])
-        panels.append(draw.Heat(values, [short(site.tap) for site in placed], columns, f"residual stream; {note}", x="clean/corrupt"))
+        panels.append(draw.Heat(values, [short(site.tap) for site in placed], columns, f"residual stream: {what}", x=f"clean/corrupt; {note}"))
     if headed := [site for site in sites if site.by == "head"]:
-        panels.append(_heads(headed, {site: scores[site][:, i] for site in headed}, f"heads; {note}"))
+        heads = _heads(headed, {site: scores[site][:, i] for site in headed}, f"heads: {what}")
+        panels.append(dataclasses.replace(heads, x=f"head; {note}"))
     if whole := [site for site in sites if site.by == "whole"]:
-        panels.append(
-            draw.Bars([short(site.tap) for site in whole], np.array([scores[site][0, i] for site in whole]), f"as a whole; {note}", ordered=False)
-        )
+        values = np.array([scores[site][0, i] for site in whole])
+        panels.append(draw.Bars([short(site.tap) for site in whole], values, f"as a whole: {what}", note, ordered=False))
     for site in (site for site in sites if site.by == "channel"):
-        panels.append(draw.Bars([str(n) for n in range(site.count)], scores[site][:, i], f"channels of {short(site.tap)}; {note}"))
+        panels.append(draw.Bars([str(n) for n in range(site.count)], scores[site][:, i], f"channels of {short(site.tap)}: {what}", note))
     return panels
 
 
@@ -407,15 +421,9 @@ def _mean(read: Float[Array, "b h t k"], mask: np.ndarray) -> Float[Array, "1 h 
     return (read * weight).sum((0, 2), keepdims=True) / weight.sum()
 
 
-def _run(objective, arrays, batch, edits=None):
-    params, extra, frozen, hyper = arrays
-    predicted, taps = objective.predict(params, extra, frozen, batch, None, hyper, edits=edits)
-    return next(iter(predicted.values())), taps
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _scores(objective, arrays, batch, target, against):
-    return difference(_run(objective, arrays, batch)[0], target, against)
+    return difference(outputs_of(objective, arrays, batch)[0], target, against)
 
 
 def _judged(outputs, truth):
@@ -429,7 +437,7 @@ def _judged(outputs, truth):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _right(objective, arrays, batch, truth):
-    return _judged(_run(objective, arrays, batch)[0], truth)
+    return _judged(outputs_of(objective, arrays, batch)[0], truth)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -437,7 +445,7 @@ def _edited(objective, arrays, batch, target, against, values, truth, masks):
     """The scores with the values where the masks say; with a truth also loss and accuracy."""
 
     def one(mask):
-        outputs, _ = _run(objective, arrays, batch, {tap: (mask[tap], values[tap]) for tap in mask})
+        outputs, _ = outputs_of(objective, arrays, batch, {tap: (mask[tap], values[tap]) for tap in mask})
         told = difference(outputs, target, against)
         return told if truth is None else (told, *_judged(outputs, truth))
 
@@ -450,7 +458,7 @@ def _along(objective, receiver, arrays, batch, target, against, held, given, onl
 
     def one(mask):
         edits = {tap: replaced(jnp.where(mask[tap], given[tap], held[tap]) if tap in mask else held[tap]) for tap in held}
-        noticed = _run(objective, arrays, batch, edits)[1][receiver]
-        return difference(_run(objective, arrays, batch, {receiver: (only, noticed)})[0], target, against)
+        noticed = outputs_of(objective, arrays, batch, edits)[1][receiver]
+        return difference(outputs_of(objective, arrays, batch, {receiver: (only, noticed)})[0], target, against)
 
     return jax.vmap(one)(masks)

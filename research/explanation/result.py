@@ -137,6 +137,16 @@ class Finding:
 Result = Attribution | Finding
 
 
+def one_each(result: Result) -> dict[str, Sequence[float]]:
+    """{name: values} of what the summary holds as one number for each example."""
+
+    def numbers(value: Any) -> bool:
+        listed = isinstance(value, list | tuple | np.ndarray) and len(value) == len(result.names) > 0
+        return listed and all(isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool) for x in value)
+
+    return {name: value for name, value in result.summary().items() if numbers(value)}
+
+
 def beside(results: Sequence[Result], i: int = 0) -> Any:
     """What several methods say about one example in one picture, for a notebook."""
     first = next((result for result in results if isinstance(result, Attribution)), None)

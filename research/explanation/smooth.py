@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from typing import Any, ClassVar, cast
 
 import jax
@@ -10,13 +11,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from research.core.build import build
-from research.core.errors import ConfigError, nearest
+from research.core.errors import nearest
 from research.core.keys import named, per_example
 from research.core.progress import track
 from research.core.types import Batch, Edits, Hyper, Objective, Tree
 from research.explanation import methods
 from research.explanation.gradient import ROWS, read, real
-from research.explanation.model import INPUT, Examples, Model, replaced
+from research.explanation.model import INPUT, Examples, Model, with_input
 from research.explanation.result import Attribution, Method
 
 VARIANTS = ("mean", "squared", "variance")
@@ -57,7 +58,9 @@ class SmoothGrad:
             raise ValueError("method=smooth_grad would smooth itself; name another method")
 
     def fits(self, model: Model) -> str | None:
-        """What the method says of this model."""
+        """What the method says of this model, and whether it gives numbers that can be averaged."""
+        if inspect.signature(type(self.inner).__call__).return_annotation is not Attribution:
+            return f"{self.method} gives no number for each part of an input, so there is nothing to smooth"
         return self.inner.fits(model)
 
     @functools.cached_property
@@ -66,10 +69,7 @@ class SmoothGrad:
         return build(methods.node(self.method, dict(self.settings)), where="method")
 
     def __call__(self, model: Model, examples: Examples, key: jax.Array) -> Attribution:
-        """The mean, mean square or variance of what the method says, at the entries that it speaks of.
-
-        Raises:  ConfigError: the method gives no numbers for parts of an input.
-        """
+        """The mean, mean square or variance of what the method says, at the entries that it speaks of."""
         value = read(model, examples, INPUT)
         counted = real(examples)
         counted = np.expand_dims(counted, tuple(range(counted.ndim, value.ndim)))
@@ -91,9 +91,7 @@ class SmoothGrad:
         results = []
         for part in track(rows.reshape(-1, size), f"smooth {self.method}"):
             found = Examples({name: x[part] for name, x in batch.items()}, list(names[part]), target[part])
-            results.append(self.inner(noisy, found, key))
-            if not isinstance(results[-1], Attribution):
-                raise ConfigError(f"method={self.method} gives no number for each part of an input, so there is nothing to smooth")
+            results.append(cast(Attribution, self.inner(noisy, found, key)))
         values, output = (np.concatenate([getattr(result, name) for result in results])[: count * each] for name in ("values", "output"))
         values = values.reshape(count, each, *values.shape[1:])[:, 1:]
         made = {"mean": values.mean, "variance": values.var, "squared": np.square(values).mean}[self.variant](1)
@@ -115,10 +113,4 @@ class Noisy:
         if NOISE not in batch:
             return predict(edits=edits)
         value = predict()[1][INPUT]  # the rest of this call is dead code
-        value = value + jnp.asarray(batch[NOISE], value.dtype)
-        edit = (edits or {}).get(INPUT)
-        if isinstance(edit, tuple | list):
-            value = jnp.where(edit[0], jnp.asarray(edit[1], value.dtype), value)
-        elif edit is not None:
-            value = value + jnp.asarray(edit, value.dtype)
-        return predict(edits={**(edits or {}), INPUT: replaced(value)})
+        return predict(edits=with_input(value + jnp.asarray(batch[NOISE], value.dtype), edits))

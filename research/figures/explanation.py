@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, TwoSlopeNorm
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from research.figures import style
 from research.figures.images import pixels
@@ -333,6 +334,8 @@ def _lines(place: FigureBase, panel: Lines) -> None:
         mark = "o" if len(x) < 20 else None
         axes.plot(x, y, color=colours[i % len(colours)], linewidth=1.6, marker=mark, markersize=3, label=style.plain(name, 28))
     style.tidy(axes, x=panel.x, y=panel.y, note=panel.title)
+    if all(np.issubdtype(np.asarray(x).dtype, np.integer) for x, _ in panel.series.values()):  # counts have no halves
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if 1 < len(panel.series) <= 6:
         axes.legend(frameon=False, fontsize=8, labelcolor=style.INK)
     elif len(panel.series) > 6:

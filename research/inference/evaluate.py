@@ -22,8 +22,8 @@ def evaluate(
     One compiled program: a short last batch is filled up with masked rows.
 
     Args:    batches: one pass over the split.  collect: also keep what the model predicts for every example (not for language models: large).
-    Returns: {name: sum / weight, None at weight 0; and the objective's derived metrics}; {name: array of all valid examples in order}: what
-             `predict` gives, `index`, and `label` or `target`; empty unless `collect`.
+    Returns: {name: sum / weight, None at weight 0; and what the objective derives from them, for which alone metrics with axes are};
+             {name: array of all valid examples in order}: what `predict` gives, `index`, and `label` or `target`; empty unless `collect`.
     Raises:  DataError: no batches.
     """
     model = jax.device_put((params, extra, frozen, hyper))  # once, not with every batch
@@ -38,9 +38,9 @@ def evaluate(
             collected.append({name: x[valid(batch)] for name, x in {**outputs, **truth}.items()})
     if not sums:
         raise DataError("there is nothing to evaluate: the split has no batches")
-    means = {name: _mean(total, weight) for name, (total, weight) in sums.items()}
+    means: dict[str, Any] = {name: _mean(total, weight) for name, (total, weight) in sums.items()}
     outputs = {name: np.concatenate([part[name] for part in collected]) for name in (collected[0] if collected else ())}
-    return {**means, **objective.derived(means)}, outputs
+    return {name: mean for name, mean in means.items() if not isinstance(mean, list)} | objective.derived(means), outputs
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -400,8 +400,8 @@ def test_what_does_not_fit(model):
     assert "which is not there" in ExpectedGradients().fits(cnn)
     assert "reads tokens" in GradCAM().fits(text)
     assert "no tap of maps" in GradCAM().fits(mlp)
-    assert "made of an image" in IntegratedGradients(baseline="blur").fits(text)
-    assert "made of an image" in IntegratedGradients(baseline="mean", at="maps_0").fits(cnn)
+    assert "made of image" in IntegratedGradients(baseline="blur").fits(text)
+    assert "made of image or tokens" in IntegratedGradients(baseline="mean", at="maps_0").fits(cnn)
     assert "reads tokens" in SmoothGrad(method="grad_cam").fits(text)
 
 
@@ -429,3 +429,15 @@ def with_data(model):
     source = Source(model)
     data = type("Data", (), {"splits": {"train": source}})()
     return dataclasses.replace(model, data=lambda: data)
+
+
+def test_a_text_is_compared_with_the_mean_of_its_own_tokens(model, examples_of):
+    made_ = model("gpt")
+    given = examples_of(made_, 2)
+    result = IntegratedGradients()(made_, given, KEY)
+    embedded = read(made_, given, "input")
+    for i, mask in enumerate(given.mask):
+        np.testing.assert_allclose(result.baseline[i], np.broadcast_to(embedded[i][mask].mean(0), embedded[i].shape), atol=1e-6)
+    np.testing.assert_allclose(result.delta, 0, atol=1e-4)
+    other = IntegratedGradients(baseline=0.0)(made_, given, KEY)
+    assert np.abs(other.values - result.values).max() > 1e-3

@@ -1,12 +1,15 @@
 """What units answer to: the search is the data's maximum, the ascent that of a linear unit in closed form."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from research.core.errors import ConfigError
-from research.explanation.maximal import Maximal
-from research.figures.explanation import Pictures, Rows, Tokens
+from research.explanation.maximal import Maximal, SparseFeatures
+from research.figures.explanation import Bars, Pictures, Rows, Tokens
+from research.objectives.sparse_autoencoder import SparseAutoencoder
 
 KEY = jax.random.key(0)
 
@@ -80,3 +83,25 @@ def test_rows_of_a_table(model, with_data):
     np.testing.assert_allclose([row[2:] for row in found.drawn[0].rows], features[found.kept["examples"][0]], rtol=1e-6)
     with pytest.raises(ValueError, match="top=0"):
         Maximal(top=0)
+
+
+def test_features_of_a_dictionary_are_counted_and_shown_where_they_are_above_0(model, with_data):
+    cnn = model("cnn")
+    objective = SparseAutoencoder(cnn.objective, "hidden_0", features=24, active=None, sparsity=0.1)
+    batch = {**images(), "mask": np.ones(80, bool), "index": np.arange(80, dtype=np.int32)}
+    params, extra = objective.init(KEY, batch)
+    params["encoder"]["bias"] = params["encoder"]["bias"].at[:5].set(-1e3)
+    frozen = objective.taught(None, cnn.params, cnn.extra, None, {})
+    looking = with_data(dataclasses.replace(cnn, objective=objective, params=params, extra=extra, frozen=frozen), test=images())
+    found = SparseFeatures(features=(1, 7), top=3)(looking, None, KEY)
+    above = np.asarray(looking.read(batch, ["dictionary/features"])[1]["dictionary/features"]) > 0
+    np.testing.assert_allclose(found.kept["density"], above.mean(0), rtol=1e-6)
+    assert found.numbers["dead"] == (~above.any(0)).mean() >= 5 / 24
+    assert found.numbers["shown"] == [1, 7]
+    assert found.numbers["spliced_loss"] != found.numbers["model_loss"]
+    assert any(isinstance(panel, Bars) for panel in found.drawn)
+    with pytest.raises(ConfigError, match=r"method\.features=24: there are the features 0 to 23"):
+        SparseFeatures(features=24)(looking, None, KEY)
+    assert SparseFeatures().fits(with_data(cnn, test=images())) == (
+        "it has no tap dictionary/features; experiment=sparse_autoencoder trains a run that has"
+    )

@@ -51,7 +51,7 @@ def test_settings_are_changed_and_wrong_ones_refused():
 def test_a_method_that_does_not_fit_is_refused_with_those_that_do(model, examples_of):
     gpt = model("gpt")
     with pytest.raises(ConfigError, match=r"method=grad_cam does not fit this run: .+; these do: .*\bsaliency\b"):
-        methods.prepare(gpt, "grad_cam", methods.node("grad_cam"), examples_of(gpt, 1))
+        methods.prepare(gpt, "grad_cam", methods.node("grad_cam"), True)
     assert "grad_cam" not in methods.fitting(gpt)
     assert {"grad_cam", "saliency"} <= set(methods.fitting(model("cnn")))
 
@@ -59,9 +59,9 @@ def test_a_method_that_does_not_fit_is_refused_with_those_that_do(model, example
 def test_examples_are_asked_for_and_taps_looked_up_before_anything_is_computed(model, examples_of):
     cnn = model("cnn")
     with pytest.raises(ConfigError, match="method=saliency explains examples: give input=PATH"):
-        methods.prepare(cnn, "saliency", methods.node("saliency"), None)
+        methods.prepare(cnn, "saliency", methods.node("saliency"), False)
     with pytest.raises(ConfigError, match="'maps_9' is no tap of this model; did you mean 'maps_"):
-        methods.prepare(cnn, "saliency", methods.node("saliency", {"at": "maps_9"}), examples_of(cnn, 1))
+        methods.prepare(cnn, "saliency", methods.node("saliency", {"at": "maps_9"}), True)
 
 
 def test_a_result_knows_what_made_it(model, examples_of):

@@ -116,6 +116,15 @@ def test_an_input_of_another_shape_is_refused(model, batch):
             examples(gpt, text)
 
 
+@pytest.mark.parametrize("family", ["cnn", "gpt"])
+def test_a_mask_that_covers_nothing_is_refused(family, model, batch):
+    fields = batch(model(family), 3)
+    fields["mask"] = fields["mask"].copy()
+    fields["mask"][1] = False
+    with pytest.raises(ConfigError, match=r"^example 1: its mask covers nothing, so there is nothing to explain"):
+        examples(model(family), fields)
+
+
 def test_an_unknown_tap_is_refused(model, batch):
     cnn = model("cnn")
     for arguments in ((("maps_9",),), ((), {"maps_9": replaced(np.zeros(1))})):

@@ -68,13 +68,13 @@ def test_any_values(values):
 
 
 def test_numbers_and_settings_are_told_and_nothing_is_not():
-    numbers = {"score": 0.123456, "curve": np.arange(9.0)}
+    numbers = {"score": 0.123456, "curve": np.arange(9.0), "helped": [[1], [2, 3]]}
     seen = Seen(page("title", [finding(numbers=numbers, settings={"layer": None, "points": 8})], facts={"data": {}, "index": [0, 5], "seed": 0}))
     assert "score0.1235" in seen.words
     assert "points8" in seen.words
     assert "index0, 5" in seen.words
     assert "seed0" in seen.words
-    for name in ("curve", "layer", "data", "None"):
+    for name in ("curve", "helped", "layer", "data", "None"):
         assert name not in seen.words
 
 

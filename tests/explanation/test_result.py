@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from research.explanation.result import Attribution, Finding, beside
+from research.explanation.result import Attribution, Finding, beside, one_each
 from research.figures import explanation as draw
 
 
@@ -94,6 +94,21 @@ def test_methods_stand_beside_each_other_and_a_notebook_shows_them(model, exampl
     assert data.startswith(b"\x89PNG")
     assert 300 < how["width"] < 2000
     assert beside([]).get_suptitle() == ""
+
+
+def test_one_number_for_each_example_is_told_from_what_only_looks_like_it():
+    numbers = {
+        "l2": np.ones(2),
+        "rank": [1, 2],
+        "ragged": [[1], [1, 2]],
+        "flipped": [True, False],
+        "names": ["a", "b"],
+        "score": 0.5,
+        "three": [1, 2, 3],
+    }
+    assert list(one_each(Finding(numbers=numbers, names=("first", "second")))) == ["l2", "rank"]
+    assert one_each(Finding(numbers={"length": 32, "none": []}, names=("first",))) == {}
+    assert one_each(Finding(numbers={"none": []})) == {}
 
 
 def test_a_finding_of_the_whole_and_of_each_example():
