@@ -19,6 +19,7 @@ from research.core import app
 from research.core.config import resolved
 from research.core.errors import ConfigError, ResearchError
 from research.core.folder import plain, write_json, write_text
+from research.data.images import SUFFIXES, image_paths, image_size
 from research.data.inputs import read_inputs
 from research.explanation import methods
 from research.explanation.judge import Judge
@@ -61,7 +62,11 @@ def explain(config: DictConfig) -> dict[str, Any]:
     target = _folder(config, run, chosen)
     lost = {"failed": {name: str(error) for name, error in failed.items()}} if failed else {}
     report = {"run": os.fspath(run.path), **_asked(config), "methods": [_row(result) for result in results], **lost}
-    verdict = Judge()(results, config.seed) if config.judge else None
+    try:
+        verdict = Judge()(results, config.seed) if config.judge else None
+    except BaseException:  # an interruption too: what was explained is kept
+        _write(target, report, results, config.figures, None, _incomplete(results))
+        raise
     if verdict is not None:
         report["judge"] = verdict.summary()
     warnings = [*_incomplete(results), *(verdict.numbers["warnings"] if verdict is not None else ())]
@@ -146,7 +151,20 @@ def _examples(config: DictConfig, run: Run, model: Model) -> Examples | None:
 
 def _read(config: DictConfig, run: Run, model: Model) -> tuple[list[str], dict[str, np.ndarray]]:
     names, raw = read_inputs(config.input, run.spec)
+    _tell_fitted(epath.Path(config.input), run.spec)
     return names, {**run.preprocessor(raw), "mask": np.ones(len(names), bool)}
+
+
+def _tell_fitted(path: epath.Path, spec: Mapping[str, Any]) -> None:
+    """Says that the model sees an image in another size than the file has."""
+    if "image" not in spec:
+        return
+    files = image_paths(path) if path.is_dir() else [path] if path.suffix.lower() in SUFFIXES else []
+    rows, columns, _ = spec["image"]
+    other = [(file, size) for file in files if (size := image_size(file)) != (rows, columns)]
+    if other:
+        (file, (high, wide)), more = other[0], f", and {len(other) - 1} more like it" * (len(other) > 1)
+        app.say(f"{file.name} has {high} x {wide} pixels{more}; what is explained is fitted to the model's {rows} x {columns}")
 
 
 def _drawn(config: DictConfig, run: Run, model: Model) -> tuple[list[str], dict[str, np.ndarray]]:

@@ -355,3 +355,22 @@ def test_compress_refuses_what_explains(argv, command, parent, tmp_path):
     assert told.code == 2
     assert "method=saliency makes no smaller model: it explains, see research.explain" in told.err[-1]
     assert not (tmp_path / "small").exists()
+
+
+def test_an_image_of_another_size_is_fitted_and_that_is_said(command, parent, tmp_path):
+    Image.fromarray(np.full((20, 12), 128, np.uint8)).save(tmp_path / "large.png")
+    argv = (f"run={parent('cnn')}", "method=saliency", f"input={tmp_path / 'large.png'}", f"out={tmp_path / 'out'}", "figures=false")
+    told = command("explain", *argv)
+    assert told.code == 0, told.err
+    assert "large.png has 20 x 12 pixels; what is explained is fitted to the model's 8 x 8" in told.out
+
+
+def test_what_was_explained_is_kept_when_the_judge_is_interrupted(command, parent, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("research.explain.Judge.__call__", interrupted)
+    told = command("explain", f"run={parent('mlp')}", "method=saliency", "index=0", "judge=true", f"out={tmp_path / 'out'}", "figures=false")
+    assert told.code == 75
+    assert (tmp_path / "out" / "explanation.json").exists()
+    assert (tmp_path / "out" / "saliency.npz").exists()

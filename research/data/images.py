@@ -65,6 +65,18 @@ def read_files(paths: Sequence[epath.Path], shape: Sequence[int]) -> UInt8[np.nd
     return decode_all(lambda i: paths[i].read_bytes(), len(paths), shape, lambda i: paths[i])
 
 
+def image_size(path: epath.Path) -> tuple[int, int]:
+    """(rows, columns) of an image file, by its header.
+
+    Raises:  DataError: a file that is no image.
+    """
+    try:
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            return image.height, image.width
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as an image: {error}") from error
+
+
 def image_paths(folder: epath.Path) -> list[epath.Path]:
     """The image files of a folder and of those below it, sorted."""
     found = []
