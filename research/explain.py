@@ -272,9 +272,6 @@ def _show(result: Result) -> None:
     for line in getattr(result, "lines", ()):
         app.say(line)
     columns = one_each(result)
-    if isinstance(result, Attribution) and result.subject is not None:  # in words rather than by number and place
-        explained = [result.explained(i) for i in range(len(result.names))]
-        columns = {"explained": explained, **{name: values for name, values in columns.items() if name not in ("target", "position")}}
     if columns:
         table = Table(box=None, header_style="bold", pad_edge=False)
         for name in (result.method, *columns):

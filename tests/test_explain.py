@@ -107,6 +107,36 @@ def test_a_family_can_be_read_and_patched(every_family, parent):
     np.testing.assert_allclose(np.asarray(nothing), np.asarray(wrong), atol=1e-5)
 
 
+def test_a_family_is_patched_as_a_person_types_it(every_family, explain):
+    """The contract of a family: from the command line, the clean input as a whole restores the clean answer, and what is compared has a name."""
+    _, report = explain(every_family, "method=patching", "index=0,1", "figures=false")
+    (told,) = report["methods"]
+    assert told["whole"]["input"] == pytest.approx(1.0, abs=1e-3)
+    assert len(told["whole"]) > 1
+    assert np.abs(np.subtract(told["clean"], told["corrupt"])).min() > 0
+    model = Run(pathlib.Path(report["run"])).model()
+    for target, against, words in zip(told["target"], told["against"], told["explained"], strict=True):
+        assert words.startswith(model.name(target) + (f" less {model.name(against)}" if against >= 0 else ""))
+        assert (" after position " in words) == (len(model.outputs) == 2)
+
+
+def test_the_terminal_names_the_outputs_that_are_explained(command, parent, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # so that no row is broken
+    methods = "[logit_lens,{direct_logit: {against: y}},{patching: {corrupt: abd, against: y}},{path_patching: {corrupt: abd, against: null}}]"
+    out = tmp_path / "out"
+    told = command("explain", f"run={parent('gpt')}", f"method={methods}", "prompt=abc", "target=x", "figures=false", f"out={out}")
+    assert told.code == 0, told.err
+    rows = [line for line in told.out.splitlines() if line.startswith("'abc' ")]
+    alone, less = "'x' after position 2", "'x' less 'y' after position 2"
+    for row, words in zip(rows, (alone, less, less, alone), strict=True):
+        assert f"{row.split('  ', 1)[1].strip()}  ".startswith(f"{words}  "), row
+    for line in told.out.splitlines():
+        assert not {"target", "position", "against"} & set(line.split()) or line.startswith("'abc'")
+    report = json.loads((out / "explanation.json").read_text())
+    assert [each["explained"] for each in report["methods"]] == [[alone], [less], [less], [alone]]
+    assert f"explained {less}" in page(out).words
+
+
 def drawn(run, count):
     """A batch of random inputs as the run reads them."""
     random, spec = np.random.RandomState(0), run.spec

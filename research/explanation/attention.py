@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from research.core.errors import ConfigError
 from research.explanation.model import Examples, Model, outputs_of, score
-from research.explanation.result import Attribution, Finding
+from research.explanation.result import Attribution, Finding, at_least
 from research.explanation.stream import WEIGHTS, blocks, by_head, grid, labels, seen, unfit
 from research.figures import explanation as draw
 
@@ -130,8 +130,7 @@ class InductionScore:
     reads: ClassVar[str] = "nothing"
 
     def __post_init__(self):
-        if self.examples < 1:
-            raise ValueError(f"examples={self.examples} must be at least 1")
+        at_least(self, examples=1)
 
     def fits(self, model: Model) -> str | None:
         """A model without attention over tokens does not."""

@@ -55,7 +55,8 @@ class DirectLogit:
             token = seen(model.token(int(examples.target[i, 1])))
             panels: list[draw.Panel] = [draw.Bars(names, values[i], f"parts of the logit of {token}{title}: {output[i]:.3g}")]
             each.append((*panels, by_head(by[i], "heads")) if by is not None else panels)
-        numbers = {"parts": names, "output": output, "target": examples.target[:, 1], "position": examples.target[:, 0]}
+        explained = [model.explained(target, other) for target, other in zip(examples.target, against, strict=True)]
+        numbers = {"explained": explained, "parts": names, "output": output, "target": examples.target[:, 1], "position": examples.target[:, 0]}
         numbers |= {"completeness_delta": lack, "residual_delta": residual}
         kept = {"values": values} | ({} if by is None else {"heads": by})
         return Finding(numbers=numbers, kept=kept, each=each)

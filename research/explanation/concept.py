@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from research.core.errors import ConfigError, nearest
 from research.core.progress import track
 from research.explanation.model import Examples, Model, outputs_of, replaced, score
-from research.explanation.result import Finding
+from research.explanation.result import Finding, at_least
 from research.explanation.split import Split
 from research.explanation.vectors import ROWS, WIDEST, deepest, drawn, last, logistic
 from research.figures.explanation import Bars, Heat, Rows
@@ -51,9 +51,7 @@ class TCAV:
     reads: ClassVar[str] = "nothing"
 
     def __post_init__(self):
-        for name, least in (("examples", 6), ("sets", 3), ("judged", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        at_least(self, examples=6, sets=3, judged=1)
 
     def fits(self, model: Model) -> str | None:
         """It needs classes, and examples of them."""

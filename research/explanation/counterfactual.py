@@ -83,6 +83,7 @@ class Counterfactual:
         after, flipped, answers = (np.asarray(x) for x in found)
         change = (after - value).reshape(len(value), -1).astype(np.float64)
         told = {
+            "explained": [f"{'any but ' if i == here else ''}{model.name(int(i))}" for i, here in zip(target, before, strict=True)],
             "flipped": flipped.tolist(),
             "before": [model.name(int(i)) for i in before],
             "after": [model.name(int(i)) for i in answers],

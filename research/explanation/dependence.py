@@ -289,7 +289,8 @@ def restored(model: Model, field: str, values: np.ndarray, j: int) -> np.ndarray
 def _scale(model: Model, field: str, j: int) -> tuple[float, float]:
     if f"{field}_mean" not in model.statistics:
         return 0.0, 1.0
-    return tuple(float(np.ravel(model.statistics[f"{field}_{name}"])[j]) for name in ("mean", "std"))  # type: ignore[return-value]  # a pair
+    mean, deviation = (float(np.ravel(model.statistics[f"{field}_{name}"])[j]) for name in ("mean", "std"))
+    return mean, deviation
 
 
 def _groups(model: Model, segments: int) -> Int[np.ndarray, "..."]:

@@ -12,7 +12,7 @@ from research.core.errors import ConfigError
 from research.core.progress import track
 from research.explanation.gradient import InputXGradient, IntegratedGradients
 from research.explanation.model import Examples, Model, outputs_of
-from research.explanation.result import Finding
+from research.explanation.result import Finding, at_least
 from research.explanation.stream import seen
 from research.figures import explanation as draw
 
@@ -35,9 +35,7 @@ class Generation:
     reads: ClassVar[str] = "examples"
 
     def __post_init__(self):
-        for name, least in (("tokens", 1), ("temperature", 0), ("points", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        at_least(self, tokens=1, temperature=0, points=0)
 
     def fits(self, model: Model) -> str | None:
         """A model that does not go on with tokens does not."""

@@ -14,7 +14,7 @@ from research.core.errors import ConfigError, nearest
 from research.core.keys import named
 from research.core.progress import track
 from research.explanation.model import INPUT, Examples, Model, replaced, score
-from research.explanation.result import Attribution
+from research.explanation.result import Attribution, at_least
 from research.layers.activation import guided
 
 ROWS = 128  # inputs in one call of a program that visits many points
@@ -140,9 +140,7 @@ class Path(Gradient):
     rows: int = ROWS
 
     def __post_init__(self):
-        for name in ("points", "rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        at_least(self, points=1, rows=1)
 
     def integrate(self, model: Model, examples: Examples, value: Float[np.ndarray, "b ..."], bases: Float[np.ndarray, "b r ..."]) -> Attribution:
         """The integral from each of the baselines, and their mean."""
@@ -225,8 +223,7 @@ class ExpectedGradients(Path):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.references < 1:
-            raise ValueError(f"references={self.references} must be at least 1")
+        at_least(self, references=1)
         if self.background not in ("data", "noise"):
             raise ValueError(f"background={self.background!r}{nearest(self.background, ('data', 'noise'))}")
 

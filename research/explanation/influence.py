@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,10 @@ from research.core.tree import map_paths, matches, paths
 from research.core.types import Batch
 from research.explanation.model import Examples, Model, Past
 from research.explanation.order import layer_of, layers
-from research.explanation.result import Finding
+from research.explanation.result import Finding, at_least
 from research.explanation.split import Split, described, shown, training_split
 
+FORMS = ("checkpoints", "replay")
 ENTRIES = 1 << 26  # gradient entries that are held at once
 
 
@@ -34,11 +35,11 @@ class Influence:
              only: globs of the parameters whose gradients count; None: those of the last layer.
              shown: training examples shown of each kind.  sample: so many training examples, drawn by lot; None: all.
              rows: training examples in one call, fewer where their gradients are large.
-    Raises:  ValueError: a count below 1.
+    Raises:  ValueError: a count below 1, another form.
     Source:  Pruthi et al. 2020, sections 3.2 and 3.3, and 4 for the choice of the last layer.
     """
 
-    form: Literal["checkpoints", "replay"] = "checkpoints"
+    form: str = "checkpoints"
     only: tuple[str, ...] | None = None
     shown: int = 5
     sample: int | None = None
@@ -46,9 +47,9 @@ class Influence:
     reads: ClassVar[str] = "examples"
 
     def __post_init__(self):
-        for name in ("shown", "rows", "sample"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        at_least(self, shown=1, rows=1, sample=1)
+        if self.form not in FORMS:
+            raise ValueError(f"form={self.form!r}{nearest(self.form, FORMS)}")
 
     def fits(self, model: Model) -> str | None:
         """It needs kept checkpoints, the data, and a loss that is a sum over examples."""

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from research.core.errors import ConfigError
 from research.core.progress import track
 from research.explanation.model import INPUT, Examples, Model, outputs_of, replaced
-from research.explanation.result import Finding
+from research.explanation.result import Finding, at_least
 from research.explanation.stream import OUTPUT, blocks, labels, seen, short, unfit
 from research.figures import explanation as draw
 
@@ -33,8 +33,7 @@ class LogitLens:
     reads: ClassVar[str] = "examples"
 
     def __post_init__(self):
-        if self.top < 1:
-            raise ValueError(f"top={self.top} must be at least 1")
+        at_least(self, top=1)
 
     def fits(self, model: Model) -> str | None:
         """A model without a residual stream, or without an output at each token, does not."""
@@ -161,7 +160,7 @@ def _finding(model: Model, examples: Examples, layers: tuple[str, ...], read: di
             )
         )
     kept = {name: read[name] for name in ("logits", "likeliest", "log_prob", "kl")}
-    target = {"target": examples.target[:, 1], "position": examples.target[:, 0]}
+    target = {"explained": [model.explained(each) for each in examples.target], "target": examples.target[:, 1], "position": examples.target[:, 0]}
     return Finding(
         numbers={"layers": names, **target, "kl": {n: float(k.mean()) for n, k in zip(names, read["kl"], strict=True)}}, kept=kept, each=each
     )

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int
 from research.core.errors import ConfigError
 from research.core.progress import track
 from research.core.types import Batch
-from research.explanation.model import INPUT, Examples, Model, replaced
-from research.explanation.result import Finding
-from research.explanation.split import Split, described
+from research.explanation.model import INPUT, Examples, Model, outputs_of, replaced
+from research.explanation.result import Finding, at_least
+from research.explanation.split import Split, counted, described
 from research.explanation.vectors import ROWS, drawn, last, sequential
 from research.figures.explanation import Bars, Lines, Panel, Pictures, Rows, Tokens
 
@@ -53,9 +53,7 @@ class Maximal:
     reads: ClassVar[str] = "nothing"
 
     def __post_init__(self):
-        for name, least in (("examples", 1), ("top", 1), ("steps", 0), ("jitter", 0), ("blur", 0), ("decay", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        at_least(self, examples=1, top=1, steps=0, jitter=0, blur=0, decay=0)
 
     def fits(self, model: Model) -> str | None:
         """It needs the data."""
@@ -114,8 +112,7 @@ def searched(model: Model, split: Split, at: str) -> tuple[Float[np.ndarray, "n 
     rows = min(ROWS, len(split))
     largest, above, count = [], 0.0, 0
     for where, batch in track(split.chunks(rows), "searching", -(-len(split) // rows)):
-        valid = np.asarray(batch["mask"]) & (np.arange(rows) < where.stop - where.start).reshape(-1, *[1] * (np.ndim(batch["mask"]) - 1))
-        found = _largest(model.objective, at, model.arrays, batch, valid)
+        found = _largest(model.objective, at, model.arrays, batch, counted(batch, where))
         largest.append(np.asarray(found[0])[: where.stop - where.start])
         above, count = above + np.asarray(found[1], np.float64), count + float(found[2])
     return np.concatenate(largest), np.asarray(above / count)
@@ -124,8 +121,7 @@ def searched(model: Model, split: Split, at: str) -> tuple[Float[np.ndarray, "n 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _largest(objective, at, arrays, batch, valid):
     """(largest answer of every unit to every example, at how many items it is above 0, items)."""
-    params, extra, frozen, hyper = arrays
-    tap = objective.predict(params, extra, frozen, batch, None, hyper)[1][at].astype(jnp.float32)
+    tap = outputs_of(objective, arrays, batch)[1][at].astype(jnp.float32)
     if tap.shape[: valid.ndim] != valid.shape:
         valid = valid.reshape(len(valid), -1).any(1)  # a tap without an entry for each position
     counts = valid.reshape(*valid.shape, *(1,) * (tap.ndim - valid.ndim))
@@ -168,10 +164,9 @@ def _ascend(objective, at, settings, arrays, batch, units, start, scales, key):
     """(inputs, the mean answer of each input's own unit)."""
     steps, jitter, blur = settings
     low, high, rate, decay = (jnp.asarray(x, jnp.float32) for x in scales)
-    params, extra, frozen, hyper = arrays
 
     def answer(x):
-        tap = objective.predict(params, extra, frozen, batch, None, hyper, edits={INPUT: replaced(x)})[1][at]
+        tap = outputs_of(objective, arrays, batch, {INPUT: replaced(x)})[1][at]
         own = jnp.take_along_axis(tap, units.reshape(-1, *(1,) * (tap.ndim - 1)), -1)[..., 0]
         return own.reshape(len(own), -1).mean(1)
 
@@ -261,8 +256,7 @@ def _scores(model: Model, split: Split) -> dict[str, float]:
     sums: dict[str, Any] = {}
     rows = min(ROWS, len(split))
     for where, batch in split.chunks(rows):
-        valid = np.asarray(batch["mask"]) & (np.arange(rows) < where.stop - where.start).reshape(-1, *[1] * (np.ndim(batch["mask"]) - 1))
-        pairs = jax.tree.map(lambda x: np.asarray(x, np.float64), _tallied(model.objective, model.arrays, {**batch, "mask": valid}))
+        pairs = jax.tree.map(lambda x: np.asarray(x, np.float64), _tallied(model.objective, model.arrays, {**batch, "mask": counted(batch, where)}))
         sums = jax.tree.map(np.add, sums, pairs) if sums else pairs
     means: dict[str, Any] = {name: (total / np.maximum(weight, 1e-30)).tolist() for name, (total, weight) in sums.items()}
     return {name: value for name, value in means.items() if not isinstance(value, list)} | model.objective.derived(means)

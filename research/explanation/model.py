@@ -125,6 +125,11 @@ class Model:
             return repr(self.token(i))
         return str(self.classes[i]) if self.classes else str(i)
 
+    def explained(self, target: Int[np.ndarray, "k"], against: int = -1) -> str:
+        """What is explained of an example as a person knows it: an output, its place where there are several, less another where that is not -1."""
+        name = self.name(int(target[-1])) + (f" less {self.name(int(against))}" if against >= 0 else "")
+        return name if len(target) < 2 else f"{name} after position {int(target[0])}"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,11 @@ from jaxtyping import Array, Float
 from research.core.errors import ConfigError
 from research.core.progress import track
 from research.explanation.model import Examples, Model, outputs_of
-from research.explanation.result import Finding
-from research.explanation.split import Split, described, shown, training_split
+from research.explanation.result import Finding, at_least
+from research.explanation.split import Split, counted, described, shown, training_split
 from research.figures.explanation import Rows
 
+DISTANCES = ("cosine", "euclidean")
 CONTEXT = 40  # characters of text shown before a neighbour, and a quarter of that after it
 
 
@@ -28,20 +29,20 @@ class Neighbours:
 
     Args:    at: the tap; None: the last one before the logits.  distance: "cosine" (1 - the cosine of the angle) | "euclidean".
              nearest: how many.  sample: so many training examples, drawn by lot; None: all.  rows: examples in one call of the model.
-    Raises:  ValueError: a count below 1.
+    Raises:  ValueError: a count below 1, another distance.
     """
 
     at: str | None = None
-    distance: Literal["cosine", "euclidean"] = "cosine"
+    distance: str = "cosine"
     nearest: int = 8
     sample: int | None = None
     rows: int = 256
     reads: ClassVar[str] = "examples"
 
     def __post_init__(self):
-        for name in ("nearest", "rows", "sample"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        at_least(self, nearest=1, rows=1, sample=1)
+        if self.distance not in DISTANCES:
+            raise ValueError(f"distance={self.distance!r}: choose from: {', '.join(DISTANCES)}")
 
     def fits(self, model: Model) -> str | None:
         """It needs the data."""
@@ -62,8 +63,7 @@ class Neighbours:
         rows = min(self.rows, len(split))
         best = np.full((len(examples), 0), np.inf, np.float32), np.zeros((len(examples), 0, 2), np.int64)
         for places, batch in track(split.chunks(rows), "neighbours", -(-len(split) // rows)):
-            counts = np.asarray(batch["mask"]) & (np.arange(rows) < places.stop - places.start).reshape(-1, *[1] * (batch["mask"].ndim - 1))
-            found = _nearest(model.objective, tap, self.distance, self.nearest, model.arrays, batch, points, counts)
+            found = _nearest(model.objective, tap, self.distance, self.nearest, model.arrays, batch, points, counted(batch, places))
             distance, row, position = (np.asarray(x) for x in found)
             best = _merged(best, (distance, np.stack([split.indices[np.minimum(places.start + row, places.stop - 1)], position], -1)), self.nearest)
         return self._finding(model, examples, split, tap, *best)

@@ -80,7 +80,7 @@ def _table(panel: draw.Rows) -> str:
 
 def _told(result: Result, i: int) -> str:
     """The numbers of one example, below its picture."""
-    told = [f"{name.replace('_', ' ')} {values[i]:.4g}" for name, values in one_each(result).items()]
+    told = [f"{name.replace('_', ' ')} {draw.cell_text(values[i])}" for name, values in one_each(result).items()]
     return f'<p class="faint">{html.escape(", ".join(told))}</p>' if told else ""
 
 

@@ -15,8 +15,9 @@ from research.core.progress import track
 from research.core.tree import matches
 from research.core.types import Batch
 from research.explanation.model import INPUT, Examples, Model, outputs_of, replaced
-from research.explanation.result import Finding
+from research.explanation.result import Finding, at_least
 from research.explanation.stream import HEADS, OUTPUT, another, blocks, by_head, chosen, difference, grid, labels, seen, short
+from research.explanation.vectors import last, splits
 from research.figures import explanation as draw
 from research.losses.cross_entropy import cross_entropy
 
@@ -65,8 +66,7 @@ class Pair:
     reads: ClassVar[str] = "examples"
 
     def __post_init__(self):
-        if self.rows < 1:
-            raise ValueError(f"rows={self.rows} must be at least 1")
+        at_least(self, rows=1)
         if self.into not in (CORRUPT, "clean"):
             raise ValueError(f"into={self.into!r}: choose from: corrupt, clean")
 
@@ -128,9 +128,11 @@ class Patching(Pair):
         raw, _ = sweep(model, base, examples.target, against, every, values, rows=self.rows, what="patching")
         scores = {site: (raw[site] - low) / (high - low) for site in every}
         whole = {site.tap: scores[site].mean(1)[0] for site in every if site.by == "whole"}
-        each = [_panels(model, examples, i, sites, scores, corrupt, _compared(model, examples, against, i)) for i in range(len(examples))]
+        explained = _explained(model, examples, against)
+        each = [_panels(model, examples, i, sites, scores, corrupt, what) for i, what in enumerate(explained)]
         kept = {f"{site.tap}/{site.by}".replace("/", "."): scores[site].T for site in every}
         numbers = {
+            "explained": explained,
             "clean": high,
             "corrupt": low,
             "target": examples.target[:, -1],
@@ -187,7 +189,8 @@ class PathPatching(Pair):
                 panels.append(_heads(sites, {site: score[:, i] for site, score in scores.items()}, title))
             if len(examples) > 1:
                 drawn.append(_heads(sites, {site: score.mean(1) for site, score in scores.items()}, f"{title}, mean"))
-        numbers = {"clean": high, "corrupt": low, "target": examples.target[:, -1], "against": against, "receivers": receivers}
+        numbers = {"explained": _explained(model, examples, against), "clean": high, "corrupt": low}
+        numbers |= {"target": examples.target[:, -1], "against": against, "receivers": receivers}
         return Finding(drawn, numbers, kept, each, _lines(model, examples, against, high, low))
 
     def _notices(self, model: Model, receiver: str) -> Bool[np.ndarray, "..."]:
@@ -221,8 +224,7 @@ class HeadAblation:
     def __post_init__(self):
         if self.value not in ("zero", "mean"):
             raise ValueError(f"value={self.value!r}: choose from: zero, mean")
-        if self.rows < 1:
-            raise ValueError(f"rows={self.rows} must be at least 1")
+        at_least(self, rows=1)
 
     def fits(self, model: Model) -> str | None:
         """A model without attention heads does not."""
@@ -242,7 +244,7 @@ class HeadAblation:
         lost = {site: output - raw[site] for site in (*sites, *layers)}
         each = [[_heads(sites, {site: lost[site][:, i] for site in sites}, "what the output loses without the head")] for i in range(len(examples))]
         kept = {"lost": np.stack([grid([lost[site][:, i] for site in sites]) for i in range(len(examples))])}
-        numbers: dict[str, Any] = {"output": output, "target": examples.target[:, -1]}
+        numbers: dict[str, Any] = {"explained": _explained(model, examples, nobody), "output": output, "target": examples.target[:, -1]}
         numbers["layers"] = {short(site.tap): float(lost[site].mean()) for site in layers}
         drawn, lines = [by_head(kept["lost"].mean(0), "what the output loses, mean")], []
         if truth is not None:
@@ -351,9 +353,7 @@ def _corrupted(model: Model, examples: Examples, corrupt: int | str | None) -> n
     else:
         if model.data is None:
             raise ConfigError(f"method.corrupt={corrupt}: the run's data is not known")
-        splits = model.data().splits
-        source = next(splits[name] for name in ("test", "validation", "train") if name in splits)
-        source = getattr(source, "whole", source)
+        source = splits(model)[last(model)]
         if not 0 <= corrupt < len(source):
             raise ConfigError(f"method.corrupt={corrupt}: the data has the examples 0 to {len(source) - 1}")
         found = np.asarray(source.take(np.array([corrupt]))[model.field])[0]
@@ -375,15 +375,14 @@ def _truth(model: Model, examples: Examples) -> tuple[np.ndarray, np.ndarray] | 
     return np.asarray(examples.batch["target"]), np.asarray(counts)
 
 
-def _compared(model: Model, examples: Examples, against: Int[np.ndarray, "b"], i: int) -> str:
-    """What the scores of one example are of, as a person knows it: an output, or one less another."""
-    name = model.name(int(examples.target[i, -1]))
-    return name if against[i] < 0 else f"{name} less {model.name(int(against[i]))}"
+def _explained(model: Model, examples: Examples, against: Int[np.ndarray, "b"]) -> list[str]:
+    """What the scores of each example are of, as a person knows it."""
+    return [model.explained(target, other) for target, other in zip(examples.target, against, strict=True)]
 
 
 def _lines(model: Model, examples: Examples, against: Int[np.ndarray, "b"], high: np.ndarray, low: np.ndarray) -> list[str]:
     """What each example's 1 and 0 are."""
-    told = [_compared(model, examples, against, i) for i in range(len(examples))]
+    told = _explained(model, examples, against)
     return [f"{name}: {told[i]} is {high[i]:.4g} clean, {low[i]:.4g} corrupt" for i, name in enumerate(examples.names)]
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from research.core.errors import ConfigError, nearest
 from research.core.progress import track
 from research.explanation.model import Examples, Model
-from research.explanation.result import Finding
+from research.explanation.result import Finding, at_least
 from research.explanation.vectors import Items, drawn, logistic, read, sequential, splits, vector_taps
 from research.figures.explanation import Bars, Rows
 
@@ -44,9 +44,7 @@ class Probe:
     reads: ClassVar[str] = "nothing"
 
     def __post_init__(self):
-        for name, least in (("examples", 2), ("held_out", 2), ("each", 1), ("classes", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        at_least(self, examples=2, held_out=2, each=1, classes=2)
         if self.penalty < 0:
             raise ValueError(f"penalty={self.penalty} must not be below 0")
 

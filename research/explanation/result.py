@@ -64,8 +64,9 @@ class Attribution:
         """What the values of one example are about, as a person knows it: a class, a token and its place, a column."""
         if (unit := self.settings.get("of")) is not None:
             return f"{unit.get('tap')} {list(unit['unit'])}" if unit.get("unit") else str(unit.get("tap"))
-        number = int(self.target[i, -1])
-        name = f"output {number}" if self.subject is None else self.subject[0].name(number)
+        if self.subject is not None:
+            return self.subject[0].explained(self.target[i])
+        name = f"output {int(self.target[i, -1])}"
         return name if self.target.shape[1] < 2 else f"{name} after position {int(self.target[i, 0])}"
 
     def panels(self, i: int) -> tuple[Panel, ...]:
@@ -135,16 +136,31 @@ class Finding:
 
 
 Result = Attribution | Finding
+NUMBERED = ("target", "position", "against")  # by number what `explained` says in words
 
 
-def one_each(result: Result) -> dict[str, Sequence[float]]:
-    """{name: values} of what the summary holds as one number for each example."""
+def at_least(method: Any, **least: int) -> None:
+    """Refuses settings below these; None is none.
+
+    Raises:  ValueError: naming the first.
+    """
+    for name, bound in least.items():
+        if (value := getattr(method, name)) is not None and value < bound:
+            raise ValueError(f"{name}={value} must be at least {bound}")
+
+
+def one_each(result: Result) -> dict[str, Sequence[float] | Sequence[str]]:
+    """{name: values} of what the summary holds as one number for each example; what is explained in words, where there are some."""
 
     def numbers(value: Any) -> bool:
         listed = isinstance(value, list | tuple | np.ndarray) and len(value) == len(result.names) > 0
         return listed and all(isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool) for x in value)
 
-    return {name: value for name, value in result.summary().items() if numbers(value)}
+    summary = result.summary()
+    found = {name: value for name, value in summary.items() if numbers(value)}
+    if "explained" not in summary:
+        return found
+    return {"explained": summary["explained"], **{name: value for name, value in found.items() if name not in NUMBERED}}
 
 
 def beside(results: Sequence[Result], i: int = 0) -> Any:

@@ -132,12 +132,12 @@ class Shap:
 
         if self.estimator == "kernel":
             state = np.random.get_state()  # noqa: NPY002  # which the package draws from
-            np.random.seed(seed)  # noqa: NPY002
+            np.random.seed(seed)  # noqa: NPY002  # likewise
             try:
                 explainer = shap.KernelExplainer(worth, none)
                 values = explainer.shap_values(all_of_them, nsamples=self.samples, l1_reg=False, silent=True)
             finally:
-                np.random.set_state(state)  # noqa: NPY002
+                np.random.set_state(state)  # noqa: NPY002  # likewise
             return np.ravel(values), float(np.ravel(explainer.expected_value)[0]), None
         if self.estimator == "exact":
             found = shap.ExactExplainer(worth, none)(all_of_them)

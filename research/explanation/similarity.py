@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from research.core.errors import ConfigError
 from research.explanation.model import Examples, Model
-from research.explanation.result import Finding
+from research.explanation.result import Finding, at_least
 from research.explanation.vectors import drawn, last, read, sequential, vector_taps
 from research.figures.explanation import Heat
 
@@ -36,9 +36,7 @@ class CKA:
     reads: ClassVar[str] = "nothing"
 
     def __post_init__(self):
-        for name, least in (("examples", 4), ("each", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        at_least(self, examples=4, each=1)
 
     def fits(self, model: Model) -> str | None:
         """It needs the data."""
@@ -62,7 +60,7 @@ class CKA:
         others = names
         if self.other is not None:
             second = self._other(model)
-            others = vector_taps(second, None if self.at is None else self.at)
+            others = vector_taps(second, self.at)
             columns = seen(second, others)
         values = np.asarray(_aligned(rows, columns))
         title = f"{'debiased ' if self.debias else ''}linear CKA on {rows.shape[1]} {'positions' if sequential(model) else 'examples'}"

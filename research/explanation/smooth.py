@@ -18,7 +18,7 @@ from research.core.types import Batch, Edits, Hyper, Objective, Tree
 from research.explanation import methods
 from research.explanation.gradient import ROWS, read, real
 from research.explanation.model import INPUT, Examples, Model, with_input
-from research.explanation.result import Attribution, Method
+from research.explanation.result import Attribution, Method, at_least
 
 VARIANTS = ("mean", "squared", "variance")
 NOISE = "noise"  # the field of a batch that holds what is added to its input
@@ -47,9 +47,7 @@ class SmoothGrad:
     reads: ClassVar[str] = "examples"
 
     def __post_init__(self):
-        for name in ("samples", "rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        at_least(self, samples=1, rows=1)
         if not self.noise >= 0:
             raise ValueError(f"noise={self.noise} must be at least 0")
         if self.variant not in VARIANTS:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from research.core.types import Batch
 from research.explanation.model import Model
@@ -35,6 +35,12 @@ class Split:
         for start in range(0, len(self), rows):
             places = slice(start, min(start + rows, len(self)))
             yield places, self.batch(np.resize(self.indices[places], rows))
+
+
+def counted(batch: Batch, places: slice) -> Bool[np.ndarray, "b ..."]:
+    """What counts of a chunk: its mask, less the examples that fill it up."""
+    mask = np.asarray(batch["mask"])
+    return mask & (np.arange(len(mask)) < places.stop - places.start).reshape(-1, *[1] * (mask.ndim - 1))
 
 
 def training_split(model: Model, sample: int | None, key: jax.Array) -> Split:

@@ -296,3 +296,10 @@ def test_a_run_that_kept_nothing_is_told_what_to_do(parent, command):
     assert told.code == 2
     assert len(told.err) == 1
     assert "train it with train.keep=all or train.keep=every:N" in told.err[0]
+
+
+def test_a_form_and_a_distance_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="form='reply'; did you mean 'replay'"):
+        Influence(form="reply")
+    with pytest.raises(ValueError, match="distance='manhattan': choose from: cosine, euclidean"):
+        Neighbours(distance="manhattan")

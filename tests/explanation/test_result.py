@@ -109,6 +109,8 @@ def test_one_number_for_each_example_is_told_from_what_only_looks_like_it():
     assert list(one_each(Finding(numbers=numbers, names=("first", "second")))) == ["l2", "rank"]
     assert one_each(Finding(numbers={"length": 32, "none": []}, names=("first",))) == {}
     assert one_each(Finding(numbers={"none": []})) == {}
+    named = {"target": [1, 2], "position": [3, 4], "against": [5, 6], "explained": ["a", "b"], "output": [0.5, 0.25]}
+    assert one_each(Finding(numbers=named, names=("first", "second"))) == {"explained": ["a", "b"], "output": [0.5, 0.25]}
 
 
 def test_a_finding_of_the_whole_and_of_each_example():
