@@ -25,7 +25,7 @@ from research.data.dataset import Dataset, open_data
 from research.data.loader import Loader
 from research.data.on_device import place
 from research.data.random_data import random_data
-from research.training.assembly import assemble
+from research.training.assembly import assemble, settings
 from research.training.run import device_name, environment, peak_bytes
 from research.training.timing import Block, Timer, settle
 
@@ -106,7 +106,7 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
     dataset, is_random = _open(config.data)
     with open_dict(config):
         config.data.spec = dict(dataset.spec)
-    loader = Loader(place(dataset.split("train")), config.data.batch, seed=config.seed)
+    loader = Loader(place(dataset.split("train"), settings(config).chunk), config.data.batch, seed=config.seed)
     assembly = assemble(config, batches=len(loader))
     assembly.check(loader.batch)
     timer = Timer(assembly, loader, config.warmup + (config.rounds + 1) * config.steps)

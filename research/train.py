@@ -209,7 +209,8 @@ class Training:
             if "validation" not in self.dataset.splits and config.train.monitor.startswith("validation/"):
                 app.say(f"the data has no validation split: the best step is the one with the lowest train/loss, not {config.train.monitor}")
                 config.train.monitor, config.train.mode = "train/loss", "min"
-        train = place(self.dataset.split("train"))
+        chunk = settings(config).chunk
+        train = place(self.dataset.split("train"), chunk)
         self.loader = Loader(train, config.data.batch, seed=config.seed, parts=parts(config))
         _check_batch(self.loader.batch, config)
         self.assembly: Assembly = assemble(config, batches=len(self.loader))
@@ -222,7 +223,7 @@ class Training:
         if config.check:
             self.assembly.check(self.loader.batch, self._taught(self._still))
         if self._teacher is not None and not self._keeps and config.teacher.cache:
-            source = place(Beside(self.dataset.split("train"), "teacher", self._answers()))
+            source = place(Beside(self.dataset.split("train"), "teacher", self._answers()), chunk)
             self.loader, self._teacher = Loader(source, config.data.batch, seed=config.seed, parts=parts(config)), None
 
     def run(self) -> dict[str, Any]:
@@ -240,7 +241,7 @@ class Training:
                 checkpoints.save_frozen(self._taught(None))
                 self._teacher = None
             self._kept = checkpoints.frozen(self._still)
-            self.frozen = self._taught(self._kept)
+            self.frozen = self.assembly.parallel.hold(self._taught(self._kept))
             self._write_folder()
             steps, stop_at = self.assembly.step.steps, self.assembly.settings.stop_at
             app.say(f"{count(state.params):,} parameters, steps {start:,} to {min(steps, stop_at or steps):,}, on {run.device_name()}")
@@ -291,6 +292,7 @@ class Training:
         """The parent's state under this run's settings; another optimizer starts anew."""
         assert self.parent is not None
         old = self.parent.state(self.config.checkpoint)
+        self.assembly.settings.check_start(int(old.step))
         with clock.span("start"):
             new = self.assembly.state()
         for part in ("params", "extra"):
@@ -352,9 +354,12 @@ class Training:
         if split not in self.dataset.splits:
             return {}
         source = self.dataset.splits[split]
-        batches = whole(source, max(self.loader.batch, EVALUATION_BATCH))
+        parallel = self.assembly.parallel
+        parts = 1 if parallel.layout is None else parallel.count
+        batches = whole(source, max(self.loader.batch, EVALUATION_BATCH), parts=parts, shard=parallel.share)
         objective = judging(self.assembly.step.objective, source)
-        metrics, _ = evaluate(objective, weights.params, weights.extra, weights.frozen, weights.hyper, batches)
+        model = (weights.params, weights.extra, weights.frozen, weights.hyper)
+        metrics, _ = evaluate(objective, *model, batches, layout=parallel.layout, put=parallel.feed)
         return {f"{split}/{name}": value for name, value in metrics.items()}
 
     def _sample(self, state: State, step: int) -> None:

@@ -27,6 +27,7 @@ COMPARED = (  # what makes a resumed run another run; the rest may change
     "train.steps",
     "train.epochs",
     "train.accumulate",
+    "train.chunk",
     "train.precision",
     "train.clip",
     "train.sparsify",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from research.core.errors import ConfigError, DataError
 from research.data.dataset import Source
@@ -69,14 +69,10 @@ class Loader:
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         """This shard's part of the batch of a step."""
-        part, parts = self._shard
-        size = self.batch // parts
-        valid = self.indices(step)
-        index = np.resize(valid, self.batch)[part * size : (part + 1) * size]  # filled up with the batch's own examples
+        index, keep = self._picked(step)
         batch = dict(self._source.take(index))
-        mask = batch.get("mask", np.ones(size, bool))
-        if len(valid) < self.batch:
-            keep = np.arange(part * size, (part + 1) * size) < len(valid)
+        mask = batch.get("mask", keep)
+        if mask is not keep and not keep.all():
             mask = mask & keep.reshape(-1, *[1] * (mask.ndim - 1))
         return {**batch, "mask": mask, "index": index}
 
@@ -93,6 +89,28 @@ class Loader:
             return iter(())
         threads = self._best_threads(start) if self._threads is None else self._threads
         return _ahead(map(put, self._threaded(start, stop, threads) if threads else map(self.__getitem__, range(start, stop))))
+
+    def chunks(self, start: int, stop: int, length: int) -> Iterator[tuple[Any, dict[str, np.ndarray]]]:
+        """(the whole split on the device, the examples of `length` batches) for each chunk of steps from start to stop.
+
+        The split is of a source that `on_device.place` has put there. The examples are "index" and "keep" [k b]: which of them count.
+
+        Args:    start, stop: as of `range`; `length` divides what lies between.
+        """
+        held = getattr(self._source, "held", None)
+        if held is None:
+            raise TypeError(f"{type(self._source).__name__} does not lie on the device")
+        for at in range(start, stop, length):
+            index, keep = zip(*map(self._picked, range(at, at + length)), strict=True)
+            yield held, {"index": np.stack(index), "keep": np.stack(keep)}
+
+    def _picked(self, step: int) -> tuple[Int32[np.ndarray, "b"], Bool[np.ndarray, "b"]]:
+        """The examples of this shard's part of a batch, and which of them count."""
+        part, parts = self._shard
+        size = self.batch // parts
+        valid = self.indices(step)
+        index = np.resize(valid, self.batch)[part * size : (part + 1) * size]  # filled up with the batch's own examples
+        return index, np.arange(part * size, (part + 1) * size) < len(valid)
 
     def _best_threads(self, step: int) -> int:
         """0 where a batch is ready at once, else a few; by the better of two trials, since the first one also fills caches."""
@@ -112,13 +130,15 @@ class Loader:
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 
-def whole(source: Source, batch: int | str) -> Loader:
+def whole(source: Source, batch: int | str, *, parts: int = 1, shard: tuple[int, int] = (0, 1)) -> Loader:
     """One pass over every example of a split, in order, for scoring it.
 
     Args:    batch: examples per batch at most, or "all"; a smaller split is one batch of its own size.
+             parts: what the size of a batch is rounded up to a multiple of.  shard: as `Loader` takes it; its n divides parts.
     """
-    loader = Loader(source, batch, shuffle=False)
-    return loader if len(loader) > 1 else Loader(source, "all", shuffle=False)
+    size = batch if isinstance(batch, str) else math.ceil(batch / parts) * parts
+    loader = Loader(source, size, shuffle=False, shard=shard, parts=parts // shard[1])
+    return loader if len(loader) > 1 else Loader(source, "all", shuffle=False, shard=shard, parts=parts // shard[1])
 
 
 class _Steps:

@@ -1,18 +1,44 @@
-"""The whole of a split on the device, where an accelerator would wait for the copy of every batch."""
+"""The whole of a split on the device: an accelerator would wait for the copy of every batch, and a chunk of steps gathers its own."""
 
-import functools
+import os
 from collections.abc import Mapping
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from research.core.errors import ConfigError
 from research.core.spec import Spec
 from research.data.dataset import Source
 from research.data.text import Windows
 
 _SHARE = 0.25  # of the device's memory that a split may take
+
+
+@flax.struct.dataclass
+class Rows:
+    """Every field of every example: a pytree, whose arrays are arguments of a program and not constants in it."""
+
+    fields: Mapping[str, Array]
+
+    def take(self, indices: Int[Array, "b"]) -> dict[str, Array]:
+        """The fields of these examples."""
+        return {name: values[indices] for name, values in self.fields.items()}
+
+
+@flax.struct.dataclass
+class Stretches:
+    """The tokens of a text, of which windows at any offset are cut: a pytree."""
+
+    tokens: Int[Array, "n"]
+    time: int = flax.struct.field(pytree_node=False)
+
+    def take(self, indices: Int[Array, "b"]) -> dict[str, Array]:
+        """tokens, target and mask [b, t] of these windows."""
+        place = indices[:, None] + jnp.arange(self.time, dtype=jnp.int32)[None]  # b t
+        return {"tokens": self.tokens[place], "target": self.tokens[place + 1], "mask": jnp.ones(place.shape, bool)}
 
 
 class OnDevice:
@@ -23,14 +49,14 @@ class OnDevice:
 
     def __init__(self, source: Source):
         self._source = source
-        self._fields = jax.device_put(dict(source.take(np.arange(len(source)))))
+        self.held = Rows(jax.device_put(dict(source.take(np.arange(len(source))))))
 
     def __len__(self) -> int:
         return len(self._source)
 
     def take(self, indices: Int[np.ndarray, "b"]) -> dict[str, Array]:
         """The fields of these examples, gathered on the device."""
-        return _gather(self._fields, indices)
+        return _take(self.held, indices)
 
     def check(self, spec: Spec, where: str) -> None:
         """As of the source that was copied."""
@@ -44,7 +70,7 @@ class TokensOnDevice:
     """
 
     def __init__(self, source: Windows):
-        self._source, self._tokens = source, jax.device_put(source.tokens)
+        self._source, self.held = source, Stretches(jax.device_put(source.tokens), source.time)
         self.draws, self.whole = source.draws, source.whole
 
     def __len__(self) -> int:
@@ -52,28 +78,38 @@ class TokensOnDevice:
 
     def take(self, indices: Int[np.ndarray, "b"]) -> dict[str, Array]:
         """tokens, target and mask [b, t] of these windows."""
-        return _cut(self._tokens, indices, self._source.time)
+        return _take(self.held, indices)
 
     def check(self, spec: Spec, where: str) -> None:
         """As of the source that was copied."""
         self._source.check(spec, where)
 
 
-@jax.jit
-def _gather(fields: Mapping[str, Array], indices: Int[Array, "b"]) -> dict[str, Array]:
-    return {name: values[indices] for name, values in fields.items()}
+_take = jax.jit(lambda held, indices: held.take(indices))
 
 
-@functools.partial(jax.jit, static_argnames="time")
-def _cut(tokens: Int[Array, "n"], start: Int[Array, "b"], time: int) -> dict[str, Array]:
-    place = start[:, None] + jnp.arange(time, dtype=jnp.int32)[None]  # b t
-    return {"tokens": tokens[place], "target": tokens[place + 1], "mask": jnp.ones(place.shape, bool)}
+def place(source: Source, chunk: int = 1) -> Source:
+    """The source on the first device, where that is an accelerator with room for it, or where chunks of steps gather their own batches there.
 
+    Else the source itself: for single steps a CPU would do the same gather.
 
-def place(source: Source) -> Source:
-    """The source on the first device, where that is an accelerator with room for it; else the source itself: a CPU would do the same gather."""
+    Args:    chunk: steps that are one program.
+    Raises:  ConfigError: chunks of a source that cannot lie there, with the reason.
+    """
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)  # a CPU has none
-    if isinstance(source, Windows) and source.overlap:
-        return TokensOnDevice(source) if source.tokens.nbytes <= _SHARE * memory else source
-    example = sum(np.asarray(value).nbytes for value in source.take(np.zeros(1, np.int32)).values())
-    return OnDevice(source) if example * len(source) <= _SHARE * memory else source
+    if chunk > 1 and not memory:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    windows = isinstance(source, Windows) and source.overlap
+    if not windows and hasattr(source, "draws") and source.draws != len(source):  # type: ignore[attr-defined]
+        if chunk > 1:
+            raise ConfigError(f"train.chunk={chunk}: the examples of {type(source).__name__} overlap, so they cannot all lie on the device; use train.chunk=1")
+        return source
+    size = source.tokens.nbytes if windows else len(source) * sum(np.asarray(x).nbytes for x in source.take(np.zeros(1, np.int32)).values())
+    if size <= _SHARE * memory:
+        return TokensOnDevice(source) if windows else OnDevice(source)
+    if chunk > 1:
+        raise ConfigError(
+            f"train.chunk={chunk}: the training split takes {size / 1e9:.3g} GB on the device, more than the {_SHARE * memory / 1e9:.3g} GB that are "
+            f"a quarter of its memory; use train.chunk=1"
+        )
+    return source

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from research.core.axis import layout
 from research.layers.embedding import rotate
 from research.layers.projection import Projection
+from research.layers.ring import MASKED, meshed_attention
 from research.layers.tap import tap
 
 BLOCK = 64  # queries that share one span of keys on CPU; keys beyond the span are never multiplied
-MASKED = -1e30  # added to the score of a masked key; finite, so that no row becomes NaN
 
 
 class Attention(nn.Module):
@@ -55,11 +56,15 @@ class Attention(nn.Module):
         plain = cached or self.has_variable("edits", "weights")
         read = weighted_values(weights, value) if plain else causal_attention(query, key, value)
         read = tap(self, taps, "heads", read)  # b h t k
-        y = Projection((self.heads, self.head_width), x.shape[-1:], self.out_scale, self.bias, self.dtype, name="out")(read.swapaxes(1, 2))
+        y = Projection((self.heads, self.head_width), x.shape[-1:], self.out_scale, self.bias, self.dtype, ("heads", None, "width"), name="out")(
+            read.swapaxes(1, 2)
+        )
         return y, taps
 
     def _heads(self, name, heads, x):
-        return Projection(x.shape[-1:], (heads, self.head_width), self.scale, self.bias, self.dtype, name=name)(x).swapaxes(1, 2)
+        return Projection(x.shape[-1:], (heads, self.head_width), self.scale, self.bias, self.dtype, ("width", "heads", None), name=name)(x).swapaxes(
+            1, 2
+        )
 
     def _remember(self, name, new, positions):
         """This layer's cache of keys or values with the new ones written at their positions, each row at its own."""
@@ -77,8 +82,13 @@ def causal_attention(query: Float[Array, "b h t k"], key: Float[Array, "b g t k"
     On an accelerator this is `jax.nn.dot_product_attention`. On CPU that is several times slower than matrix products with the scale on the
     query, an additive mask, the division after the product with the values, and spans of queries that skip the keys after them.
     """
-    if jax.default_backend() == "cpu":
-        return blockwise_attention(query, key, value)
+    form = blockwise_attention if jax.default_backend() == "cpu" else _fused_attention
+    if (found := layout()) is not None:
+        return meshed_attention(found, form, query, key, value)
+    return form(query, key, value)
+
+
+def _fused_attention(query, key, value):
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # b h t k -> b t h k
     return jax.nn.dot_product_attention(query, key, value, is_causal=True).swapaxes(1, 2)
 

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from research.core.axis import constrain, name_axes
+
 POSITIONS = ("learned", "sinusoidal", "rotary")
 
 
@@ -11,20 +13,23 @@ class Embedding(nn.Module):
     """A learned vector for each of `size` numbers.
 
     Args:    size: how many numbers there are; larger ones are read as the last (a gather clamps).  width: length of a vector.
-             scale: standard deviation of the initial values.  dtype: compute type.
+             scale: standard deviation of the initial values.  dtype: compute type.  axis: logical name of the axis of the numbers.
     """
 
     size: int
     width: int
     scale: float = 0.02
     dtype: str = "float32"
+    axis: str | None = "vocabulary"
 
     def setup(self):
+        name_axes(self, "embedding", self.axis, "width")
         self.embedding = self.param("embedding", nn.initializers.normal(self.scale), (self.size, self.width), jnp.float32)
 
     def __call__(self, numbers: Int[Array, "*b"]) -> Float[Array, "*b d"]:
         """The vectors of these numbers."""
-        return jnp.take(self.embedding, numbers, axis=0, mode="clip").astype(self.dtype)
+        whole = constrain(self.embedding, self.axis, None)  # vectors in one piece: the partitioner cannot look up parts of them for parts of a batch
+        return jnp.take(whole, numbers, axis=0, mode="clip").astype(self.dtype)
 
     def attend(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """The dot product of x with every vector: the logits of a tied head."""

@@ -38,4 +38,5 @@ class FeedForward(nn.Module):
         return self._project("down", x.shape[-1], self.out_scale, y), taps
 
     def _project(self, name, width, scale, x):
-        return Projection(x.shape[-1:], (width,), scale, self.bias, self.dtype, name=name)(x)
+        names = ("hidden", "width") if name == "down" else ("width", "hidden")
+        return Projection(x.shape[-1:], (width,), scale, self.bias, self.dtype, names, name=name)(x)

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
+from research.core.axis import constrain
 from research.core.types import Hyper
 from research.layers.attention import Attention
 from research.layers.dropout import Dropout
@@ -49,12 +50,12 @@ class Block(nn.Module):
 
         added, inner = attention(normalize(self.norm, "attention_norm", x, bias=self.bias, taps=taps), positions)
         taps |= inner
-        x = tap(self, taps, "middle", x + drop("attention_dropout", added))
+        x = tap(self, taps, "middle", constrain(x + drop("attention_dropout", added), "batch", "time", None))
         if self.hidden:
             feed_forward = FeedForward(self.hidden, self.activation, **shared, name="mlp")
             added, inner = feed_forward(normalize(self.norm, "mlp_norm", x, bias=self.bias, taps=taps))
             taps |= inner
-            x = x + drop("mlp_dropout", added)
+            x = constrain(x + drop("mlp_dropout", added), "batch", "time", None)
         return tap(self, taps, "output", x), taps
 
 

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from research.core.axis import constrain
 from research.core.errors import ConfigError
 from research.core.types import Hyper
 from research.layers.activation import activation
@@ -80,7 +81,7 @@ class CNN(nn.Module):
             x = Conv(channels, kernel, self.padding, self.norm != "batch", self.dtype, name=f"conv_{i}")(x)
             x = normalize(self.norm, f"norm_{i}", x, mask=mask, train=train)
             x = max_pool(tap(self, taps, f"maps_{i}", act(x)), pool)
-        x = x.reshape(x.shape[0], -1)  # b y x c -> b d
+        x = constrain(x.reshape(x.shape[0], -1), "batch", None)  # b y x c -> b d
         for i, width in enumerate(self.hidden):
             x = self._dense(f"dense_{i}", width, x)
             x = tap(self, taps, f"hidden_{i}", act(x))

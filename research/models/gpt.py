@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from research.core.axis import constrain
 from research.core.errors import ConfigError
 from research.core.tree import STACKED, UNSTACKED, unstack
 from research.core.types import Hyper
@@ -93,7 +94,7 @@ class GPT(nn.Module):
         hyper = hyper or {}
         positions = self._advance(tokens, mask)
         embedding = Embedding(self.vocabulary, self.width, SCALE, self.dtype, name="token")
-        x = tap(self, taps, "input", self._place(embedding(tokens), positions))  # b t d
+        x = tap(self, taps, "input", constrain(self._place(embedding(tokens), positions), "batch", "time", None))  # b t d
         x = Dropout(self.dropout, name="dropout")(x, index=index, hyper=hyper, train=train)
         x, inner = self._run(x, positions, index=index, hyper=hyper, train=train)
         taps |= inner
@@ -101,7 +102,7 @@ class GPT(nn.Module):
         if self.tied:
             logits = embedding.attend(x)
         else:
-            logits = Projection((self.width,), (self.vocabulary,), SCALE, bias=False, dtype=self.dtype, name="head")(x)
+            logits = Projection((self.width,), (self.vocabulary,), SCALE, bias=False, dtype=self.dtype, names=("width", "vocabulary"), name="head")(x)
         return tap(self, taps, "logits", logits.astype(jnp.float32)), taps
 
     @property
@@ -152,7 +153,7 @@ class GPT(nn.Module):
     def _place(self, x, positions):
         """Token embeddings with what is added for their positions."""
         if self.positions == "learned":
-            return x + Embedding(self.time, self.width, SCALE, self.dtype, name="position")(positions)
+            return x + Embedding(self.time, self.width, SCALE, self.dtype, axis=None, name="position")(positions)
         if self.positions == "sinusoidal":
             return x * self.width**0.5 + sinusoidal(positions, self.width).astype(x.dtype)
         return x

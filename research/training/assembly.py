@@ -14,7 +14,7 @@ from research.core.spec import abstract_batch, zero_batch
 from research.core.types import State, Tree
 from research.training.loop import Settings
 from research.training.optimizer import Optimizer
-from research.training.parallel import Jit, Parallel, create
+from research.training.parallel import Jit, Parallel
 from research.training.step import Step
 
 
@@ -35,11 +35,11 @@ class Assembly:
 
     def state(self) -> State:
         """The state before the first step."""
-        return create(self.step, self._key(), zero_batch(self.spec, 1), self.hyper)
+        return self.parallel.create(self.step, self._key(), zero_batch(self.spec, 1), self.hyper)
 
     def abstract(self) -> State:
-        """The shapes and dtypes of the state; nothing is computed."""
-        return jax.eval_shape(self.step.create, self._key(), abstract_batch(self.spec, 1), self.hyper)
+        """The shapes and dtypes of the state, and where its arrays lie; nothing is computed."""
+        return self.parallel.abstract(jax.eval_shape(self.step.create, self._key(), abstract_batch(self.spec, 1), self.hyper))
 
     def still(self) -> Tree:
         """The shapes and dtypes of what stands still beside the state, as far as predicting needs it; None for most runs."""
@@ -103,6 +103,10 @@ def assemble(config: DictConfig, *, batches: int | None = None, training: bool =
     )
     step.schedule.check(step.steps)
     step.optimizer.check(hyper)
+    parallel = parallel.fit(step.objective, abstract_batch(plain["data"]["spec"], 1))
+    parallel.check()
+    if train.chunk > 1:
+        parallel.train_chunk(step)  # nothing is compiled; a layout that has none says so
     return Assembly(step, hyper, train, parallel, plain["data"]["spec"], config.seed)
 
 

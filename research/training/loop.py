@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
@@ -12,12 +13,12 @@ from research.core.errors import ConfigError, DivergedError, nearest
 from research.core.types import Batch, State, Tree
 from research.training import stability
 from research.training.checkpoint import Checkpoints
-from research.training.clock import Clock
+from research.training.clock import Clock, compiled_here
 from research.training.interrupt import Interrupt
 from research.training.log import Log
 from research.training.parallel import Parallel
 from research.training.sparsify import Sparsify
-from research.training.step import Metrics, Step, means
+from research.training.step import Held, Metrics, Picks, Step, means
 
 _QUIET = tuple(f"train/{name}" for name in ("gradient_norm", stability.UPDATE, stability.DEAD, stability.RATIO))  # too many for the terminal
 _SYNCHRONISE = 10  # fake CPU devices deadlock after some 300 all-reduces that nobody waited for
@@ -39,6 +40,7 @@ class Settings:
     patience: int | None = None
     minimum_delta: float = 0.0
     accumulate: int = 1
+    chunk: int = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     clip: float | None = None
     sparsify: Sparsify | None = None
@@ -51,25 +53,50 @@ class Settings:
     def __post_init__(self):
         if (self.steps is None) == (self.epochs is None):
             raise ConfigError(f"train.steps={self.steps} and train.epochs={self.epochs}: give exactly one of them, the other null")
-        for name in ("steps", "epochs", "stop_at", "log_every", "eval_every", "save_every", "patience", "accumulate", "skip_limit"):
+        for name in ("steps", "epochs", "stop_at", "log_every", "eval_every", "save_every", "patience", "accumulate", "chunk", "skip_limit"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise ConfigError(f"train.{name}={value}: must be at least 1")
         if self.minimum_delta < 0:
             raise ConfigError(f"train.minimum_delta={self.minimum_delta}: must not be negative")
+        for name in ("steps", "stop_at", "log_every", "eval_every", "save_every"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value % self.chunk:
+                near = max(round(value / self.chunk), 1) * self.chunk
+                raise ConfigError(f"train.{name}={value}: train.chunk={self.chunk} does not divide it; the nearest that it divides is {near}")
 
     def resolved(self, batches: int) -> "Settings":
         """With epochs turned into steps.
 
         Args:    batches: of one epoch.
+        Raises:  ConfigError: an epoch, or all of them, is no whole number of chunks.
         """
+        for name, epochs in (("epochs", self.epochs), ("eval_every", 1 if self.eval_every == "epoch" else None)):
+            if epochs is not None and (steps := epochs * batches) % self.chunk:
+                near = min((n for n in range(1, steps + 1) if steps % n == 0), key=lambda n: abs(n - self.chunk))
+                raise ConfigError(
+                    f"train.{name}={getattr(self, name)}: that is {steps} steps of {batches} an epoch, which train.chunk={self.chunk} does not divide; "
+                    f"the nearest that does is train.chunk={near}"
+                )
         steps = self.steps if self.steps is not None else (self.epochs or 0) * batches
         every = batches if self.eval_every == "epoch" else self.eval_every
         return dataclasses.replace(self, steps=steps, epochs=None, eval_every=every)
 
+    def check_start(self, step: int) -> None:
+        """Refuses to go on from inside a chunk.
+
+        Raises:  ConfigError: naming the step.
+        """
+        if step % self.chunk:
+            raise ConfigError(f"train.chunk={self.chunk} does not divide {step}, the step to go on from; use train.chunk=1, or another checkpoint")
+
 
 class Batches(Protocol):
     """Random access to batches; research.data.loader.Loader is one."""
+
+    def __getitem__(self, step: int) -> Batch: ...
+
+    def chunks(self, start: int, stop: int, length: int) -> Iterator[tuple[Held, Picks]]: ...
 
     def iterate(self, start: int, stop: int, put: Callable[[Any], Any]) -> Iterator[Batch]: ...
 
@@ -122,12 +149,17 @@ class Loop:
         self._start, self._spent = start, self.clock.seconds["train"] + self.clock.seconds["wait"]
         end = self.step.steps
         stop = min(end, settings.stop_at or end)
-        self._pending: list[tuple[int, Metrics]] = []  # still on the device
+        self._pending: list[tuple[int, Metrics]] = []  # still on the device: the last step of a chunk, the metrics of all its steps
         self._window = [(step, _restored(metrics)) for step, metrics in self._host["window"]]  # since the last log point
         self._latest: dict[str, float | None] = {}
         self._watch: stability.Watch | None = None
-        live, train = self.parallel.place(state), self.parallel.train(self.step)
-        fetched = self.batches.iterate(at, stop, self.parallel.put)
+        live, frozen, chunk = self.parallel.place(state), self.parallel.hold(frozen), settings.chunk
+        settings.check_start(start)
+        if chunk == 1:
+            train, fetched = self.parallel.train(self.step), ((batch,) for batch in self.batches.iterate(at, stop, self.parallel.put))
+        else:
+            train, fetched = self.parallel.train_chunk(self.step), self.batches.chunks(at, stop, chunk)
+        self._kinds: dict[str, Any] = {}
         ended = self._out_of_patience() if start else None  # the run may have been killed between its last checkpoint and its result
         with self.interrupt.listening(patient=True) as interrupt:
             while True:
@@ -143,17 +175,21 @@ class Loop:
                 if ended:
                     break
                 with self.clock.span("wait"):
-                    batch = next(fetched)
+                    fed = next(fetched)
                 if self.step.stability and self._watch is None:
-                    one = self.parallel.one((live, batch))
+                    one = self.parallel.one((live, fed[0] if chunk == 1 else self.batches[at]))
                     self._watch = stability.Watch(stability.order(self.step.objective, one[0], frozen, one[1]))
                 with self.clock.span("train"):
-                    live, metrics = train(live, frozen, batch)
-                    at += 1
+                    given, programs = (live, *fed), compiled_here()
+                    live, metrics = train(live, frozen, *fed)
+                    if at == start or programs != compiled_here():
+                        self._check_programs(given, at, first=at == start)
+                    del given
+                    at += chunk
                     self._pending.append((at, metrics))
                     if _due(at, settings.log_every):
                         self._write(at)
-                    elif self.parallel.count > 1 and at % _SYNCHRONISE == 0:
+                    elif self.parallel.devices > 1 and (chunk > 1 or at % _SYNCHRONISE == 0):
                         jax.block_until_ready(metrics)
         self.checkpoints.wait()
         return Outcome(self.parallel.one(live), self._host, *ended)
@@ -219,7 +255,8 @@ class Loop:
     def _fetch(self) -> None:
         """Brings the metrics of the latest steps to the host, in one transfer."""
         fetched = jax.device_get([self.parallel.one(metrics) for _, metrics in self._pending])
-        self._window += [(step, metrics) for (step, _), metrics in zip(self._pending, fetched, strict=True)]
+        for (at, _), metrics in zip(self._pending, fetched, strict=True):
+            self._window += [(at, metrics)] if self.settings.chunk == 1 else _each(metrics, at, self.settings.chunk)
         self._pending = []
         if self._window:
             self._host["learning_rate"] = float(self._window[-1][1]["learning_rate"][0])
@@ -249,6 +286,18 @@ class Loop:
         self.log.progress(at, f"loss {'-' if loss is None else format(loss, '.4f')}  {speed:.1f} steps/s  data wait {wait:.1%}")
         self._check_skips([step for step, _ in window], skipped)
 
+    def _check_programs(self, given: tuple[Any, ...], at: int, *, first: bool) -> None:
+        """Remembers what the step was compiled for; says what has changed where it was compiled anew."""
+        kinds, before = _kinds(given), self._kinds
+        self._kinds = kinds
+        if first:
+            return
+        names = [name for name in {**before, **kinds} if before.get(name) != kinds.get(name)]
+        shown = [f"{name} {_change(before.get(name), kinds.get(name))}" for name in names[:4]] + ["…"] * (len(names) > 4)
+        message = f"step {at + 1} compiled anew: {', '.join(shown) or 'no shape has changed'}"
+        self.log.line(f"warning: {message}")
+        warnings.warn(message, CompiledAnew, stacklevel=2)
+
     def _check_skips(self, steps: list[int], skipped: list[int]) -> None:
         """Says which updates were skipped; ends the run when too many in a row were."""
         if skipped:
@@ -258,6 +307,13 @@ class Loop:
             if in_a_row >= self.settings.skip_limit:
                 indices = {str(s - 1): self.batches.indices(s - 1).tolist() for s in range(step - in_a_row + 1, step + 1)}
                 raise Diverged(f"{in_a_row} updates in a row had a non-finite loss or gradient, the last at step {step}", step, indices)
+
+
+class CompiledAnew(UserWarning):
+    """A training step was compiled after the first one: slow, and a fault of the program. The log has it too, so only tests turn it up."""
+
+
+warnings.filterwarnings("ignore", category=CompiledAnew, append=True)
 
 
 class Diverged(DivergedError):
@@ -271,6 +327,30 @@ class Diverged(DivergedError):
 def _restored(metrics: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """A step's metrics from host.json, where a number that was not finite is null."""
     return {name: (np.asarray(total, np.float32), np.asarray(weight, np.float32)) for name, (total, weight) in metrics.items()}
+
+
+def _each(metrics: Mapping[str, Any], at: int, chunk: int) -> list[tuple[int, Any]]:
+    """(step, its metrics) for each step of a chunk that ended at this one."""
+    return [(at - chunk + 1 + i, {name: (total[i], weight[i]) for name, (total, weight) in metrics.items()}) for i in range(chunk)]
+
+
+def _kinds(given: tuple[Any, ...]) -> dict[str, tuple[str, str, str]]:
+    """{path: (shape, type, place)} of what a step is given: what its program is compiled for."""
+    leaves = jax.tree_util.tree_flatten_with_path(given)[0]
+    return {jax.tree_util.keystr(path[1:], simple=True, separator="/"): _kind(leaf) for path, leaf in leaves}
+
+
+def _kind(leaf: Any) -> tuple[str, str, str]:
+    kind = jax.typeof(leaf)
+    name = f"{kind.dtype}{' (weak)' if getattr(kind, 'weak_type', False) else ''}"
+    return " x ".join(map(str, kind.shape)) or "scalar", name, str(getattr(leaf, "sharding", "host"))
+
+
+def _change(before: tuple[str, str, str] | None, now: tuple[str, str, str] | None) -> str:
+    """What of an argument has changed, in words."""
+    if before is None or now is None:
+        return "is new" if now else "is gone"
+    return ", ".join(f"{was} -> {is_}" for was, is_ in zip(before, now, strict=True) if was != is_)
 
 
 def _due(at: int, every: int | str | None) -> bool:

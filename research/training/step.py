@@ -1,15 +1,15 @@
 """The one step function: every model, objective and optimizer of this project is trained by it."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from research.core.axis import device_axis, psum
+from research.core.axis import constrain, device_axis, psum
 from research.core.errors import ConfigError
 from research.core.types import Batch, Hyper, Objective, State, Tally, Tree
 from research.training import stability
@@ -17,6 +17,7 @@ from research.training.optimizer import Optimizer
 from research.training.schedule import Schedule
 
 Metrics = dict[str, tuple[Array, Array]]
+Picks = Mapping[str, Array]  # the examples of a batch by number, "index" [b], and which of them count, "keep" [b]; of a chunk [k b]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +104,39 @@ class Step:
             (value, (tally, extra)), grads = gradient(state.params, extra, part)
             return (jax.tree.map(jnp.add, sums, (grads, value, tally)), extra), None
 
-        parts = jax.tree.map(lambda x: x.reshape(self.accumulate, -1, *x.shape[1:]), batch)
+        parts = jax.tree.map(lambda x: constrain(x.reshape(self.accumulate, -1, *x.shape[1:]), None, "batch"), batch)
         (value, (tally, _)), grads = jax.eval_shape(gradient, state.params, extra, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, value, tally))
         ((grads, value, tally), extra), _ = jax.lax.scan(add, (zeros, extra), parts)
         return grads, value, tally, extra
+
+
+class Held(Protocol):
+    """A whole split on the device, as a pytree; research.data.on_device has them."""
+
+    def take(self, indices: Int[Array, "b"]) -> dict[str, Array]:
+        """The fields of these examples, gathered on the device."""
+        ...
+
+
+def chunked(step: Step) -> Callable[[State, Tree, Held, Picks], tuple[State, Metrics]]:
+    """Many steps as one program: `chunked(step)(state, frozen, held, picks) -> (state, metrics)`, each metric with a leading axis of k steps.
+
+    The very same step is scanned over batches that are gathered where the split lies, so a chunk is dispatched once. Batches and keys have the
+    bits that single steps see; the compiler may round the sums inside in another order.
+    """
+
+    def run(state: State, frozen: Tree, held: Held, picks: Picks) -> tuple[State, Metrics]:
+        return jax.lax.scan(lambda state, picks: step(state, frozen, gathered(held, picks)), state, picks)
+
+    return run
+
+
+def gathered(held: Held, picks: Picks) -> Batch:
+    """The batch of one step, as the loader gives it."""
+    batch, keep = held.take(picks["index"]), picks["keep"]
+    mask = batch.get("mask", jnp.ones(keep.shape, bool))
+    return {**batch, "mask": mask & keep.reshape(-1, *[1] * (mask.ndim - 1)), "index": picks["index"]}
 
 
 def divide(tally: Tally, weights: Mapping[str, Array], coefficients: tuple[tuple[str, float], ...], hyper: Hyper) -> Float[Array, ""]:

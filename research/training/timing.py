@@ -3,7 +3,8 @@
 import contextlib
 import math
 import time
-from typing import TypeAlias
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import jax
 
@@ -24,12 +25,17 @@ class Timer:
     """
 
     def __init__(self, assembly: Assembly, batches: Batches, steps: int, frozen: Tree = None):
-        self._clock, self._every, self._frozen = Clock(), assembly.settings.log_every, frozen
+        self._clock, self._every, self._frozen = Clock(), assembly.settings.log_every, assembly.parallel.hold(frozen)
         with self._clock.span("start"):
             state = assembly.state()
             self.parameters = count(state.params)
-            self._state, self._train = assembly.parallel.place(state), assembly.parallel.train(assembly.step)
-        self._batches = batches.iterate(0, steps, assembly.parallel.put)
+            self._state, parallel, self._chunk = assembly.parallel.place(state), assembly.parallel, assembly.settings.chunk
+        self._batches: Iterator[tuple[Any, ...]]
+        if self._chunk == 1:
+            self._train, self._batches = parallel.train(assembly.step), ((batch,) for batch in batches.iterate(0, steps, parallel.put))
+        else:
+            self._train = parallel.train_chunk(assembly.step)
+            self._batches = batches.chunks(0, steps * self._chunk, self._chunk)  # a chunk for each step at most
 
     @property
     def compile_s(self) -> float:
@@ -42,14 +48,14 @@ class Timer:
             self.block(steps)
 
     def block(self, steps: int) -> Block:
-        """The times of so many steps, each begun when all results of the one before are there."""
-        return [self._timed() for _ in range(steps)]
+        """The times of so many steps, each begun when all results of the one before are there; of whole chunks, each step an equal part."""
+        return [timed for _ in range(math.ceil(steps / self._chunk)) for timed in [self._timed()] * self._chunk]
 
     def rate(self, steps: int) -> float:
         """Steps per second where results are looked at as rarely as in training, every `train.log_every` steps."""
-        start = time.perf_counter()
-        for step in range(1, steps + 1):
-            self._state, metrics = self._train(self._state, self._frozen, next(self._batches))
+        start, steps = time.perf_counter(), math.ceil(steps / self._chunk) * self._chunk
+        for step in range(self._chunk, steps + 1, self._chunk):
+            self._state, metrics = self._train(self._state, self._frozen, *next(self._batches))
             if step % self._every == 0:
                 jax.block_until_ready(metrics)
         jax.block_until_ready(self._state)
@@ -57,11 +63,11 @@ class Timer:
 
     def _timed(self) -> tuple[float, float]:
         start = time.perf_counter()
-        batch = next(self._batches)
+        fed = next(self._batches)
         fetched = time.perf_counter()
-        self._state, metrics = self._train(self._state, self._frozen, batch)
+        self._state, metrics = self._train(self._state, self._frozen, *fed)
         jax.block_until_ready((self._state, metrics))
-        return time.perf_counter() - start, fetched - start
+        return (time.perf_counter() - start) / self._chunk, (fetched - start) / self._chunk
 
 
 def settle(seconds: float = 0.4) -> float:
