@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from research.compression.distill import student
-from research.core import app, energy
+from research.core import app, energy, hosts
+from research.core.build import build
 from research.core.config import resolved
 from research.core.cost import flops, flops_per_example
 from research.core.errors import CheckpointError, ConfigError, DataError, DivergedError, Interrupted, ResearchError, nearest
@@ -28,7 +29,7 @@ from research.core.spec import abstract_batch, check_spec
 from research.core.tree import count, paths, restack, sha256, unstack
 from research.core.types import State, Tree
 from research.data.beside import Beside
-from research.data.dataset import Dataset, open_data
+from research.data.dataset import Dataset, Source, open_data
 from research.data.loader import Loader, whole
 from research.data.on_device import place
 from research.data.preprocess import Preprocessor
@@ -44,6 +45,7 @@ from research.training.checkpoint import Checkpoints
 from research.training.clock import Clock
 from research.training.interrupt import Interrupt
 from research.training.loop import Diverged, Loop, Outcome, new_host
+from research.training.parallel import Parallel
 from research.training.schedule import same_history
 
 RESUME = ("auto", "never", "fork")
@@ -113,6 +115,10 @@ def _check(config: DictConfig) -> None:
 
 def _folder(config: DictConfig) -> tuple[epath.Path, Run | None]:
     """Where the run is to be, and the run that it is forked from."""
+    if hosts.count() > 1 and not (config.run_dir and config.resume != "fork"):
+        raise ConfigError(
+            f"{hosts.count()} hosts need one run_dir=PATH that all of them see; fork on one host first, then go on with its folder"
+        )
     if config.resume != "fork":
         return epath.Path(config.run_dir or run.new_path(config.paths.runs, config.name)), None
     if not config.run_dir:
@@ -162,6 +168,9 @@ def _told(error: BaseException, path: epath.Path, config: DictConfig) -> BaseExc
         with Checkpoints(path, read_only=True) as checkpoints:
             where = "goes on from the last checkpoint" if checkpoints.steps() else "begins anew: nothing had been saved"
         return Interrupted(f"interrupted outside training; {_again(path, config)} {where}")
+    if isinstance(error, jax.errors.JaxRuntimeError) and hosts.count() > 1:
+        said = " ".join(str(error).split())[:160]
+        return ResearchError(f"another host is gone, or the way to it ({said}); {_again(path, config)} on all hosts goes on from the last checkpoint")
     if isinstance(error, OSError):
         return ResearchError(f"{error.filename or os.fspath(path)}: {error.strerror or error}")
     return error
@@ -210,8 +219,12 @@ class Training:
                 app.say(f"the data has no validation split: the best step is the one with the lowest train/loss, not {config.train.monitor}")
                 config.train.monitor, config.train.mode = "train/loss", "min"
         chunk = settings(config).chunk
-        train = place(self.dataset.split("train"), chunk)
-        self.loader = Loader(train, config.data.batch, seed=config.seed, parts=parts(config))
+        self._parallel: Parallel = build(config.parallel, where="parallel")
+        self._parallel.check()
+        if chunk > 1 and hosts.count() > 1:
+            raise ConfigError(f"train.chunk={chunk}: {hosts.count()} hosts read their parts of each batch; use train.chunk=1")
+        train = self.dataset.split("train")
+        self.loader = self._loader(place(train, chunk) if hosts.count() == 1 else train)
         _check_batch(self.loader.batch, config)
         self.assembly: Assembly = assemble(config, batches=len(self.loader))
         with open_dict(config):
@@ -224,7 +237,11 @@ class Training:
             self.assembly.check(self.loader.batch, self._taught(self._still))
         if self._teacher is not None and not self._keeps and config.teacher.cache:
             source = place(Beside(self.dataset.split("train"), "teacher", self._answers()), chunk)
-            self.loader, self._teacher = Loader(source, config.data.batch, seed=config.seed, parts=parts(config)), None
+            self.loader, self._teacher = self._loader(source), None
+
+    def _loader(self, source: Source) -> Loader:
+        i, n = self._parallel.share
+        return Loader(source, self.config.data.batch, seed=self.config.seed, shard=(i, n), parts=parts(self.config) // n)
 
     def run(self) -> dict[str, Any]:
         """result.json's content."""
@@ -327,18 +344,20 @@ class Training:
         self.began, parent = True, None
         if self.parent is not None:
             parent = {"run": os.fspath(self.parent.path), "result": self.parent.result.get("state_sha256")}
-        if self.before is None:
-            self.dataset.save(self.path / "data")
-        (self.path / run.RESULT).unlink(missing_ok=True)  # it tells of an end that is no longer the end
+        hosts.wait("read")  # before the first host writes, all have seen what was there
+        if hosts.first():
+            if self.before is None:
+                self.dataset.save(self.path / "data")
+            (self.path / run.RESULT).unlink(missing_ok=True)  # it tells of an end that is no longer the end
         run.write_config(self.path, self.config)
         run.write_environment(self.path, parent)
 
     def _loop(self, checkpoints: Checkpoints, clock: Clock) -> Loop:
         hooks = []
         readable = self.dataset.preprocessor.tokenizer is not None
-        if self.config.logger.sample and readable and self.assembly.step.objective.decoder() is not None:
+        if self.config.logger.sample and readable and hosts.count() == 1 and self.assembly.step.objective.decoder() is not None:
             hooks.append(self._sample)
-        if self.config.logger.histograms:
+        if self.config.logger.histograms and hosts.count() == 1:
             hooks.append(self._histograms)
         settings, parallel = self.assembly.settings, self.assembly.parallel
         return Loop(self.assembly.step, settings, parallel, self.loader, checkpoints, self.log, self._validate, clock, tuple(hooks), self.interrupt)
@@ -389,7 +408,7 @@ class Training:
                 app.say(f"the best checkpoint, of step {best['step']}, is damaged: the scores are those of step {int(state.step)}")
         weights = self._weights(state)
         metrics = {**self._scores("validation", weights), **self._scores("test", weights)} or self._scores("train", weights) if ended else {}
-        if self.config.logger.figures:
+        if self.config.logger.figures and hosts.first():
             curves(log.read(self.path), os.fspath(self.path / "figures" / "curves.png"), title=self.config.name)
         result = run.write_result(
             self.path,
@@ -429,13 +448,16 @@ class Training:
 
     def _flops(self, state: State, weights: Weights) -> dict[str, int]:
         """Operations for each example: of predicting it, and of its share in an update."""
-        batch, step = self.loader[0], dataclasses.replace(self.assembly.step, axis=None)
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((self.loader.batch, *x.shape[1:]), x.dtype), self.loader[0])
+        step = dataclasses.replace(self.assembly.step, axis=None)
         model = (weights.params, weights.extra, weights.frozen, weights.hyper)
         update = flops(step, state, self.frozen, batch) // self.loader.batch
         return {"flops_per_example": flops_per_example(step.objective, model, batch), "train_flops_per_example": update}
 
     def _summary(self, result: Mapping[str, Any]) -> None:
         """What a person wants to know when a run has ended."""
+        if not hosts.first():
+            return
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, value in result["metrics"].items():
             table.add_row(name, "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value))

@@ -30,6 +30,7 @@ RUNS = {
     "gpt with dropout": (*GPT, "model.dropout=0.2", "logger.sample=false", *FORTY),
     "accumulation, average, lamb": ("model.width=8", "optimizer=lamb", "train.accumulate=2", "train.ema=0.9", "train.clip=1.0", *FORTY),
 }
+CHUNKS = ("model.width=8", "model.depth=1", "model.dropout=0.2", "train.chunk=5", *FORTY, "train.log_every=10")
 LONG = ("model.width=8", "model.depth=1", "train.steps=800", "train.eval_every=100", "train.save_every=50", "schedule=cosine", *QUIET)
 
 
@@ -88,6 +89,16 @@ def test_stopped_at_17_and_resumed_equals_undisturbed(command, undisturbed, tmp_
     assert result(tmp_path)["metrics"] == result(undisturbed(argv))["metrics"]
     assert curve(tmp_path) == curve(undisturbed(argv))
     assert len(json.loads((tmp_path / "environment.json").read_text())) == 2
+
+
+def test_chunks_stopped_inside_a_window_and_resumed_equal_undisturbed_ones(command, undisturbed, tmp_path):
+    argv = (*CHUNKS, *QUIET)
+    for stop in ("train.stop_at=15", "train.stop_at=null"):
+        assert command("train", *argv, f"run_dir={tmp_path}", stop).code == 0
+    assert result(tmp_path)["state_sha256"] == result(undisturbed(argv))["state_sha256"]
+    assert curve(tmp_path) == curve(undisturbed(argv))
+    told = command("train", *argv, f"run_dir={tmp_path}", "train.chunk=1")
+    assert (told.code, told.err) == (2, [line for line in told.err if "train.chunk: 5 there, 1 here" in line])
 
 
 @pytest.mark.parametrize("monitor", ["validation/loss", "train/loss"])

@@ -17,7 +17,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from research.core import folder
+from research.core import folder, hosts
+from research.core.cache import cached_programs
 from research.core.errors import ConfigError, Interrupted, ResearchError
 from research.core.memory import keep_freed_memory
 from research.core.nodes import leaves, plain
@@ -28,7 +29,8 @@ Verb = Callable[[DictConfig], Any]
 
 def say(text: str) -> None:
     """Prints a line for the person at the terminal, at once."""
-    print(text, flush=True)
+    if hosts.first():
+        print(text, flush=True)
 
 
 def main(verb: Verb, name: str, argv: Sequence[str] | None = None) -> int:
@@ -60,6 +62,8 @@ def main(verb: Verb, name: str, argv: Sequence[str] | None = None) -> int:
         return 0
     code, line = outcome(error)
     print(f"error: {line}", file=sys.stderr, flush=True)
+    if not isinstance(error, Interrupted):
+        hosts.leave(code)
     return code
 
 
@@ -160,10 +164,13 @@ def _flags(config: DictConfig) -> Iterator[None]:
                 jax.config.update("jax_num_cpu_devices", count)
             except RuntimeError as error:
                 raise ConfigError(f"debug.cpu_devices={count} comes too late: JAX already runs in this process") from error
+        if (machines := config.get("hosts")) is not None:
+            hosts.connect(machines)
         if debug.get("nans"):
             stack.enter_context(jax.debug_nans(True))
         if debug.get("disable_jit"):
             stack.enter_context(jax.disable_jit())
+        stack.enter_context(cached_programs(config.get("cache")))
         yield
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from research.core import hosts
 from research.core.errors import ConfigError, ResearchError
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
@@ -54,9 +55,13 @@ def described(group: str, room: str = "") -> dict[str, str]:
 def write_text(path: epath.PathLike, text: str) -> None:
     """Writes a file whole or not at all: a reader sees the old text or the new one, never a part, even after kill -9.
 
+    Of several hosts the first one writes.
+
     Args:    path: local, or any address that etils.epath knows (gs://); its folder is made where it is missing.
     Raises:  ResearchError: the disk is full, read-only or not there; the file that stood there before stays.
     """
+    if not hosts.first():
+        return
     path = epath.Path(path)
     part = path.parent / f".{path.name}.{os.getpid()}.part"  # in the same folder, so that the rename is atomic
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from research.core.types import Tree
 
@@ -85,7 +86,10 @@ def restack(leaves: Mapping[str, Any], like: Tree) -> Tree:
 
 def _layer(x, i):
     if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+        place = x.sharding
+        if isinstance(place, NamedSharding):
+            place = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=place)
     return x[i]
 
 
@@ -116,12 +120,21 @@ def sha256(tree: Tree, frozen: Tree = None) -> str:
     for path, leaf in sorted(leaves.items()):
         if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
-        array = np.asarray(leaf)
+        array = gathered(leaf)
         digest.update(f"{path}\0{array.dtype.name}\0{array.shape}\0".encode())
         if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and sys.byteorder == "big"):
             array = array.astype(array.dtype.newbyteorder("<"))
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
+
+
+def gathered(x: Any) -> np.ndarray:
+    """An array on this host, parts on others included; all hosts must ask."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 def count(tree: Tree) -> int:

@@ -37,7 +37,8 @@ def evaluate(
              {name: array of all valid examples in order}: what `predict` gives, `index`, and `label` or `target`; empty unless `collect`.
     Raises:  DataError: no batches.
     """
-    model = jax.device_put((params, extra, frozen, hyper))  # once, not with every batch
+    model = (params, extra, frozen, hyper)
+    model = jax.device_put(model) if layout is None else model  # once, not with every batch
     results = ((batch, *_measure(objective, collect, layout, *model, put(batch))) for batch in padded(batches))
     sums: dict[str, Any] = {}
     collected: list[dict[str, np.ndarray]] = []

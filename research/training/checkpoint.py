@@ -11,6 +11,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -24,7 +25,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
 
+from research.core import hosts
 from research.core.errors import CheckpointError, ConfigError, nearest
 from research.core.folder import plain
 from research.core.tree import paths, restack, sha256, unstack
@@ -62,7 +65,7 @@ class Checkpoints:
         self._read_only = read_only
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
-        if not read_only:
+        if not read_only and hosts.first():
             self._clean()
 
     def __enter__(self) -> "Checkpoints":
@@ -87,8 +90,12 @@ class Checkpoints:
         if self._read_only:
             raise ValueError(f"{self.folder} was opened for reading")
         self.wait()
-        leaves, kinds = _host_copy(state), _kinds(state)
-        self._pending = self._thread.submit(self._write, int(state.step), leaves, kinds, json.dumps(plain(host)), best)
+        leaves, kinds = _own(state), _kinds(state)
+        content = (int(state.step), leaves, kinds, json.dumps(plain(host)), best)
+        if hosts.count() > 1:  # each writes its own part of the arrays, before the next step may use their memory again
+            self._write(*content)
+        else:
+            self._pending = self._thread.submit(self._write, *content)
 
     def wait(self) -> None:
         """Returns when the checkpoint that is being written is on disk.
@@ -154,7 +161,7 @@ class Checkpoints:
         """
         if self._read_only:
             raise ValueError(f"{self.folder} was opened for reading")
-        if leaves := _host_copy(frozen):
+        if leaves := _own(frozen):
             with self._writing(FROZEN):
                 self._replace(FROZEN, leaves, {"state_sha256": sha256(leaves), "tree": _kinds(frozen)}, {})
 
@@ -230,25 +237,33 @@ class Checkpoints:
         """One checkpoint, in the background thread."""
         with self._writing(str(step)):
             for later in reversed(self.steps()):
-                if later > step:
+                if later > step and hosts.first():
                     _remove(self._path(later))
             files = {HOST: host} | ({BEST: ""} if best else {})
             self._replace(str(step), leaves, {"step": step, "state_sha256": sha256(leaves), "tree": kinds}, files)
-            self._prune()
+            if hosts.first():
+                self._prune()
 
-    def _replace(self, name: str, leaves: dict[str, np.ndarray], content: dict[str, Any], files: Mapping[str, str]) -> None:
-        """Writes a sealed folder of arrays and small files under another name, and renames it when it is whole."""
+    def _replace(self, name: str, leaves: dict[str, Any], content: dict[str, Any], files: Mapping[str, str]) -> None:
+        """Writes a sealed folder of arrays and small files under another name, and renames it when it is whole.
+
+        Of several hosts each writes its part of the arrays, the first one all else.
+        """
         path, part = self.folder / name, self.folder / f"{name}{PARTIAL}"
-        _remove(part)
-        part.mkdir(parents=True)
-        _require_space(part, leaves)
+        if hosts.first():
+            _remove(part)
+            part.mkdir(parents=True)
+            _require_space(part, leaves)
+        hosts.wait(f"begin {name}")
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
             orbax.save(part / ARRAYS, args=ocp.args.StandardSave(_nested(leaves)))
-        for file, text in files.items():
-            (part / file).write_text(text)
-        manifest.write(part, content)
-        _remove(path)
-        part.rename(path)
+        if hosts.first():
+            for file, text in files.items():
+                (part / file).write_text(text)
+            manifest.write(part, content)
+            _remove(path)
+            part.rename(path)
+        hosts.wait(f"end {name}")
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:
@@ -300,9 +315,21 @@ def _host_copy(tree: Tree) -> dict[str, np.ndarray]:
     return {path: np.asarray(leaf) for path, leaf in paths(unstack(jax.tree.map(np.array, raw))).items()}
 
 
+def _own(tree: Tree) -> dict[str, Any]:
+    """Canonical path -> what this host writes of it: a copy in its memory, or, of several hosts, the array on all their devices."""
+    if hosts.count() == 1:
+        return _host_copy(tree)
+    return paths(unstack(jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)))
+
+
 def _abstract(tree: Tree) -> dict[str, jax.ShapeDtypeStruct]:
-    """Canonical path -> what lies there."""
-    return paths(unstack(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)))
+    """Canonical path -> what lies there, and where on a mesh of devices."""
+
+    def leaf(x):
+        place = getattr(x, "sharding", None)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place if isinstance(place, NamedSharding) else None)
+
+    return paths(unstack(jax.tree.map(leaf, tree)))
 
 
 def _kinds(tree: Tree) -> Kinds:
@@ -310,15 +337,18 @@ def _kinds(tree: Tree) -> Kinds:
     return {path: (str(leaf.dtype), tuple(leaf.shape)) for path, leaf in sorted(_abstract(tree).items())}
 
 
-def _stored(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-    """What lies on disk for a leaf, as an array that takes no memory; of a key, its data."""
-    data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+def _stored(leaf: jax.ShapeDtypeStruct) -> Any:
+    """What lies on disk for a leaf, as an array that takes no memory; of a key, its data. On a mesh each device reads its part."""
+    data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)) if _is_key(leaf) else leaf
+    if isinstance(leaf.sharding, NamedSharding) and math.prod(data.shape):
+        place = leaf.sharding if data is leaf else NamedSharding(leaf.sharding.mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=place)
     return np.broadcast_to(np.zeros((), data.dtype), data.shape)
 
 
-def _nested(leaves: dict[str, np.ndarray]) -> dict[str, Any]:
+def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
     """The tree that Orbax sees; it refuses arrays of size 0, which hold nothing to save."""
-    return unflatten_dict({path: leaf for path, leaf in leaves.items() if leaf.size}, sep="/")
+    return unflatten_dict({path: leaf for path, leaf in leaves.items() if math.prod(leaf.shape)}, sep="/")
 
 
 def _placed(x: Any, like: Any) -> jax.Array:

@@ -13,6 +13,7 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from research.core import hosts
 from research.core.errors import ConfigError, nearest
 from research.core.folder import plain, write_text
 
@@ -34,7 +35,7 @@ def read(folder: epath.Path) -> list[dict[str, Any]]:
 class Log:
     """Writes records as they come: one JSON object per log point, the same scalars to TensorBoard, a bar or lines to the terminal.
 
-    Opening the log of a resumed run drops the records after `start`: those steps are made again.
+    Of several hosts the first one writes. Opening the log of a resumed run drops the records after `start`: those steps are made again.
 
     Args:    folder: the run folder.  start, total: first step and last step of this run.
              tensorboard: also write events.  progress: auto | bar | lines | none.
@@ -44,10 +45,11 @@ class Log:
         if progress not in MODES:
             raise ConfigError(f"logger.progress={progress!r} is unknown{nearest(progress, MODES)}")
         self.console = Console(stderr=True)
+        progress, tensorboard = (progress, tensorboard) if hosts.first() else ("none", False)
         self._mode = ("bar" if self.console.is_terminal else "lines") if progress == "auto" else progress
         kept = [record for record in read(folder) if record.get("step", 0) <= start]
         write_text(folder / FILE, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = io.FileIO(os.fspath(folder / FILE), "a")
+        self._file = io.FileIO(os.fspath(folder / FILE) if hosts.first() else os.devnull, "a")
         self._events: Any = None
         self._summary: Any = None
         if tensorboard:  # here: tensorboardX loads torch where there is one, which takes seconds

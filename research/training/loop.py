@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import jax
 import numpy as np
 
+from research.core import hosts
 from research.core.errors import ConfigError, DivergedError, nearest
 from research.core.types import Batch, State, Tree
 from research.training import stability
@@ -168,8 +169,8 @@ class Loop:
                     live, improved, ended = self._evaluate(live, at)
                 if at >= stop and ended is None:
                     ended = ("finished", None) if at >= end else ("interrupted", f"train.stop_at={stop}")
-                if interrupt.asked and ended is None:
-                    ended = ("interrupted", interrupt.asked)
+                if (asked := self._asked(interrupt, at)) and ended is None:
+                    ended = ("interrupted", asked)
                 if at > start and (ended or improved or _due(at, settings.save_every or settings.eval_every)):
                     self._save(live, best=improved)
                 if ended:
@@ -193,6 +194,10 @@ class Loop:
                         jax.block_until_ready(metrics)
         self.checkpoints.wait()
         return Outcome(self.parallel.one(live), self._host, *ended)
+
+    def _asked(self, interrupt: Interrupt, at: int) -> str | None:
+        """The signal that asks the run to end; several hosts, of which any may have got one, agree on it at log points."""
+        return interrupt.asked if hosts.count() == 1 else hosts.agreed(interrupt.asked) if _due(at, self.settings.log_every) else None
 
     def _evaluate(self, live: State, at: int) -> tuple[State, bool, tuple[str, str | None] | None]:
         """(state, whether this is the best so far, how the run ends if it does)."""

@@ -314,9 +314,7 @@ class Sharded:
         read = {index[0].indices(self.count)[0] for index in place.addressable_devices_indices_map((self.count,)).values()}
         first, parts = min(read), len(read)
         if max(read) - first + 1 != parts or first % parts or self.count % parts:
-            raise ConfigError(
-                "parallel: the examples of this host's devices are no equal part of a batch; make data x fsdp a multiple of the hosts"
-            )
+            raise ConfigError("parallel: the examples of this host's devices are no equal part of a batch; make data x fsdp a multiple of the hosts")
         return first // parts, self.count // parts
 
     def feed(self, batch: Batch) -> Batch:

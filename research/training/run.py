@@ -19,6 +19,7 @@ import jax
 from etils import epath
 from omegaconf import DictConfig, open_dict
 
+from research.core import hosts
 from research.core.config import COMPARED, differences, read_config, save_config
 from research.core.errors import ConfigError, FolderInUseError, ResearchError
 from research.core.folder import read_json, write_json
@@ -36,8 +37,14 @@ def new_path(runs: str, name: str) -> epath.Path:
 def claimed(path: epath.Path) -> Iterator[None]:
     """Makes the folder and holds it as its only writer; the operating system lets go of a dead writer's claim.
 
+    Of several hosts the first one holds it for all.
+
     Raises:  FolderInUseError: another process holds it; the message names host and pid.  ResearchError: the folder cannot be written.
     """
+    if not hosts.first():
+        hosts.wait("claimed")
+        yield
+        return
     with contextlib.ExitStack() as stack:
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -45,6 +52,7 @@ def claimed(path: epath.Path) -> Iterator[None]:
             _lock(file, path)
         except OSError as error:
             raise ResearchError(f"run_dir={os.fspath(path)!r} cannot be written: {error.strerror or error}") from error
+        hosts.wait("claimed")
         yield
 
 

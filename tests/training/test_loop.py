@@ -1,5 +1,6 @@
 """The loop: its order, what the host remembers, what counts as best, and how a run ends."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -12,10 +13,14 @@ from etils import epath
 from research.core.build import build
 from research.core.config import compose
 from research.core.errors import ConfigError
+from research.data.dataset import Arrays
+from research.data.loader import Loader
+from research.data.on_device import place
+from research.data.preprocess import Preprocessor
 from research.training import log
 from research.training.checkpoint import Checkpoints
 from research.training.clock import Clock
-from research.training.loop import Diverged, Loop, Settings, new_host
+from research.training.loop import CompiledAnew, Diverged, Loop, Settings, new_host
 from research.training.parallel import Jit, create
 
 
@@ -42,8 +47,8 @@ class Repeated:
 def run(make_step, batches, tmp_path):
     """run(scores, bad, **settings): how 20 steps end whose evaluations give these scores, and the calls that the loop made."""
 
-    def call(scores=(), bad=(), **settings):
-        step = make_step()
+    def call(scores=(), bad=(), batches=batches, folder=tmp_path, parallel=Jit(), start=0, **settings):
+        step, batches = make_step(), Repeated(batches, bad) if isinstance(batches, list) else batches
         settings = Settings(**{"steps": 20, "log_every": 5, "eval_every": 5, "monitor": "validation/loss" if scores else "train/loss", **settings})
         given, seen = itertools.chain(scores, itertools.repeat({})), []
 
@@ -52,10 +57,10 @@ def run(make_step, batches, tmp_path):
             return next(given)
 
         hook = lambda state, at: seen.append(("hook", at))  # noqa: E731
-        record = log.Log(epath.Path(tmp_path), 0, 20, tensorboard=False, progress="none")
-        with Checkpoints(tmp_path, settings.keep) as checkpoints:
-            loop = Loop(step, settings, Jit(), Repeated(batches, bad), checkpoints, record, evaluate, Clock(), (hook,))
-            state = create(step, jax.random.key(0), batches[0], {"learning_rate": 1e-2})
+        record = log.Log(epath.Path(folder), 0, 20, tensorboard=False, progress="none")
+        with Checkpoints(folder, settings.keep) as checkpoints:
+            loop = Loop(step, settings, parallel, batches, checkpoints, record, evaluate, Clock(), (hook,))
+            state = dataclasses.replace(create(step, jax.random.key(0), batches[0], {"learning_rate": 1e-2}), step=np.int32(start))
             try:
                 return loop.run(state, None, new_host()), seen
             finally:
@@ -86,6 +91,12 @@ def test_settings_are_the_defaults_of_the_config():
         ({"accumulate": 0}, "train.accumulate=0"),
         ({"save_every": -1}, "train.save_every=-1"),
         ({"minimum_delta": -0.1}, "train.minimum_delta=-0.1"),
+        ({"chunk": 0}, "train.chunk=0: must be at least 1"),
+        ({"chunk": 20}, "train.log_every=10: train.chunk=20 does not divide it; the nearest that it divides is 20"),
+        ({"chunk": 7, "steps": 1000}, "train.steps=1000: train.chunk=7 does not divide it; the nearest that it divides is 1001"),
+        ({"chunk": 5, "stop_at": 503}, "train.stop_at=503: train.chunk=5 does not divide it; the nearest that it divides is 505"),
+        ({"chunk": 10, "eval_every": 3}, "train.eval_every=3: train.chunk=10 does not divide it; the nearest that it divides is 10"),
+        ({"chunk": 10, "save_every": 25}, "train.save_every=25: train.chunk=10 does not divide it; the nearest that it divides is 20"),
     ],
 )
 def test_settings_out_of_range(settings, message):
@@ -97,6 +108,114 @@ def test_epochs_become_steps():
     settings = Settings(steps=None, epochs=3, eval_every="epoch").resolved(7)
     assert (settings.steps, settings.epochs, settings.eval_every) == (21, None, 7)
     assert Settings(steps=10).resolved(7) == Settings(steps=10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": None, "epochs": 3}, "train.epochs=3: that is 69 steps of 23 an epoch, which train.chunk=10 does not divide; the nearest that does is train.chunk=3"),
+        ({"eval_every": "epoch"}, "train.eval_every=epoch: that is 23 steps of 23 an epoch, .* the nearest that does is train.chunk=1$"),
+    ],
+)
+def test_epochs_that_are_no_whole_number_of_chunks(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Settings(chunk=10, **settings).resolved(23)
+    assert Settings(chunk=10, **settings).resolved(20).chunk == 10
+
+
+@pytest.fixture
+def examples():
+    """42 examples of the small classifier, as a split."""
+    random = np.random.default_rng(1)
+    fields = {"features": random.normal(size=(42, 5)).astype(np.float32), "label": random.integers(0, 3, 42).astype(np.int32)}
+    return Arrays(fields, Preprocessor({}))
+
+
+def test_chunks_write_evaluate_and_save_as_single_steps_do(run, tmp_path, examples):
+    kept = []
+    for chunk in (1, 5):
+        folder = tmp_path / str(chunk)
+        loader = Loader(place(examples, chunk), 16)
+        outcome, seen = run([{"validation/loss": 1.0}] * 4, batches=loader, folder=folder, chunk=chunk, log_every=10, save_every=5, keep="all")
+        losses = [{name: r[name] for name in ("step", "train/loss", "learning_rate", "skipped")} for r in records(folder) if "train/loss" in r]
+        kept.append((losses, seen, {at: (host["best"], [step for step, _ in host["window"]]) for at, host in hosts(folder).items()}))
+        assert (outcome.status, int(outcome.state.step)) == ("finished", 20)
+    (a, *single), (b, *chunked) = kept
+    assert single == chunked
+    assert chunked[1][15] == ({"metric": "validation/loss", "value": 1.0, "step": 5}, [])  # an evaluation writes what is there
+    assert [r["step"] for r in a] == [5, 10, 15, 20]
+    assert all(x[name] == pytest.approx(y[name], abs=1e-5) for x, y in zip(a, b, strict=True) for name in x)
+
+
+def test_a_chunk_that_diverges_names_its_steps(run, tmp_path, examples):
+    bad = Arrays({**examples.raw, "features": np.full_like(examples.raw["features"], np.nan)}, examples.preprocessor)
+    loader = Loader(place(bad, 5), 16)
+    with pytest.raises(Diverged, match="7 updates in a row had a non-finite loss or gradient, the last at step 7") as error:
+        run(batches=loader, chunk=5, skip_limit=7, log_every=10, eval_every=None)
+    assert error.value.indices == {str(step): loader.indices(step).tolist() for step in range(7)}
+
+
+def test_no_run_goes_on_from_inside_a_chunk(run, examples):
+    with pytest.raises(ConfigError, match="train.chunk=5 does not divide 3, the step to go on from; use train.chunk=1, or another checkpoint"):
+        run(batches=Loader(place(examples, 5), 16), chunk=5, start=3)
+
+
+class Shorter(Repeated):
+    """Its batches are cut at the 12th step."""
+
+    def __getitem__(self, step):
+        return {name: values[: 16 if step < 11 else 12] for name, values in super().__getitem__(step).items()}
+
+
+def test_a_step_that_is_compiled_anew_is_told_with_the_shape_that_changed(run, batches, monkeypatch):
+    lines = []
+    monkeypatch.setattr(log.Log, "line", lambda _, text: lines.append(text))
+    message = "step 12 compiled anew: features 16 x 5 -> 12 x 5, index 16 -> 12, label 16 -> 12, mask 16 -> 12"
+    with pytest.warns(CompiledAnew, match=message) as told:
+        run(batches=Shorter(batches))
+    assert len(told) == 1
+    assert f"warning: {message}" in lines
+
+
+def test_another_type_is_told_too(run, batches):
+    class Wider(Repeated):
+        def __getitem__(self, step):
+            return {**(batch := super().__getitem__(step)), "label": batch["label"].astype(np.int8 if step > 5 else np.int32)}
+
+    with pytest.raises(CompiledAnew, match="step 7 compiled anew: label int32 -> int8$"):  # in a test a warning is an error
+        run(batches=Wider(batches))
+
+
+def test_the_host_waits_for_the_device_at_log_points_only(run, monkeypatch):
+    """Every array that leaves a step is a spy, which tells how many steps had been dispatched when it was looked at."""
+    dispatched, looked = [], []
+
+    class Spy:
+        def __init__(self, array):
+            self.array = array
+
+        def __array__(self, dtype=None, copy=None):
+            looked.append(len(dispatched))
+            return np.asarray(self.array)
+
+    class Watched(Jit):
+        def train(self, step):
+            compiled = super().train(step)
+
+            def call(state, frozen, batch):
+                state, metrics = compiled(state, frozen, batch)
+                dispatched.append(1)
+                return state, jax.tree.map(Spy, metrics)
+
+            return call
+
+    def refuse(*_):
+        raise AssertionError("waited for the device")
+
+    monkeypatch.setattr(jax, "block_until_ready", refuse)
+    run(parallel=Watched(), eval_every=None, save_every=100, log_every=5)
+    assert set(looked) == {5, 10, 15, 20}
+    assert len(looked) % 20 == 0
 
 
 def test_the_order_is_evaluate_then_hooks_then_save(run, tmp_path):

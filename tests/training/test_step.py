@@ -5,13 +5,23 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from research.core.errors import ConfigError
 from research.core.tree import sha256
 from research.core.types import Tally
+from research.data.dataset import Arrays
+from research.data.loader import Loader
+from research.data.on_device import place
+from research.data.preprocess import Preprocessor
+from research.data.text import Windows
+from research.models.gpt import GPT
+from research.objectives.language_model import LanguageModel
 from research.training import parallel
-from research.training.step import divide, means
+from research.training.optimizer import Optimizer
+from research.training.schedule import Cosine
+from research.training.step import Step, divide, gathered, means
 
 
 def far(a, b):
@@ -49,6 +59,57 @@ def test_equal_steps_share_one_program_and_other_values_compile_nothing(make_ste
     assert parallel._jit_train._cache_size() == before
     run(make_step(dropout=0.25), {"learning_rate": 1e-2})
     assert parallel._jit_train._cache_size() == before + 1
+
+
+@pytest.fixture
+def table():
+    """42 examples, so that the last batch of 16 of an epoch is short."""
+    random = np.random.default_rng(1)
+    fields = {"features": random.normal(size=(42, 5)).astype(np.float32), "label": random.integers(0, 3, 42).astype(np.int32)}
+    return Arrays(fields, Preprocessor({}))
+
+
+@pytest.fixture
+def windows():
+    """Overlapping windows of a text: more of them than an epoch draws."""
+    return Windows(np.random.default_rng(1).integers(0, 11, 150).astype(np.int32), 8, overlap=True)
+
+
+@pytest.fixture
+def gpt_step():
+    """A small GPT with dropout."""
+    model = GPT(vocabulary=11, time=8, width=16, depth=1, heads=2, dropout=0.2)
+    return Step(LanguageModel(model), Optimizer(optax.adamw, (("weight_decay", 0.01),), clip=1.0), Cosine(warmup=2), steps=40)
+
+
+@pytest.mark.parametrize("kind", ["table", "windows", "accumulated"])
+def test_chunks_see_the_bits_of_single_steps_and_give_their_losses(make_step, gpt_step, request, kind):
+    step = gpt_step if kind == "windows" else dataclasses.replace(make_step(norm="batch"), accumulate=1 + (kind == "accumulated"))
+    source = request.getfixturevalue("windows" if kind == "windows" else "table")
+    host, device = Loader(source, 16, seed=3), Loader(place(source, 8), 16, seed=3)
+    chunks = list(device.chunks(0, 40, 8))
+    assert len(chunks) == 5
+    gather = jax.jit(jax.vmap(gathered, in_axes=(None, 0)))
+    for i, (held, picks) in enumerate(chunks):
+        batches = jax.device_get(gather(held, picks))
+        for j in range(8):
+            wanted = host[8 * i + j]
+            assert batches.keys() == wanted.keys()
+            for name, values in wanted.items():
+                assert (batches[name][j].dtype, batches[name][j].tobytes()) == (values.dtype, values.tobytes())
+    assert not all(host[i]["mask"].all() for i in range(40))
+
+    jit, losses = parallel.Jit(), {}
+    for chunk in (1, 8):
+        state, history = parallel.create(step, jax.random.key(0), host[0], {"learning_rate": 1e-2}), []
+        for fed in chunks if chunk > 1 else [(host[i],) for i in range(40)]:
+            state, metrics = (jit.train_chunk if chunk > 1 else jit.train)(step)(state, None, *fed)
+            history.append(jax.device_get(metrics))
+        stacked = [{name: (a[i], b[i]) for name, (a, b) in part.items()} for part in history for i in range(chunk)] if chunk > 1 else history
+        losses[chunk] = np.array([means(metrics)["loss"] for metrics in stacked])
+        assert int(state.step) == len(stacked) == 40
+    assert np.abs(losses[1] - losses[8]).max() < 1e-5
+    assert np.ptp(losses[1]) > 0.1
 
 
 def test_a_non_finite_update_is_skipped_and_counted(make_step, batches, train):
