@@ -350,7 +350,15 @@ class Sharded:
         return lambda state, frozen, batch: _sharded_train(step, self, state, frozen, batch)
 
     def train_chunk(self, step: Step):
-        raise ConfigError("train.chunk: a mesh of devices takes single steps; use train.chunk=1, or parallel=jit")
+        everywhere = NamedSharding(self.layout.mesh, PartitionSpec())
+        copies: dict[int, Held] = {}  # the split on each device, made once
+
+        def train(state, frozen, held, picks):
+            if id(held) not in copies:
+                copies[id(held)] = jax.device_put(held, everywhere)
+            return _sharded_chunk(step, self, state, frozen, copies[id(held)], picks)
+
+        return train
 
     def bytes_per_device(self, tree: Tree) -> int:
         def held(path, leaf):
@@ -403,7 +411,13 @@ def _sharded(step, parallel, state, frozen, batch):
         return _stay(state, parallel), jax.lax.with_sharding_constraint(metrics, NamedSharding(parallel.layout.mesh, PartitionSpec()))
 
 
+def _chunk(step, parallel, state, frozen, held, picks):
+    with laid_out(parallel.layout):
+        return chunked(functools.partial(_sharded, step, parallel))(state, frozen, held, picks)
+
+
 _sharded_train = jax.jit(_sharded, static_argnums=(0, 1), donate_argnums=2)
+_sharded_chunk = jax.jit(_chunk, static_argnums=(0, 1), donate_argnums=2)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

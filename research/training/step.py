@@ -119,7 +119,7 @@ class Held(Protocol):
         ...
 
 
-def chunked(step: Step) -> Callable[[State, Tree, Held, Picks], tuple[State, Metrics]]:
+def chunked(step: Callable[[State, Tree, Batch], tuple[State, Metrics]]) -> Callable[[State, Tree, Held, Picks], tuple[State, Metrics]]:
     """Many steps as one program: `chunked(step)(state, frozen, held, picks) -> (state, metrics)`, each metric with a leading axis of k steps.
 
     The very same step is scanned over batches that are gathered where the split lies, so a chunk is dispatched once. Batches and keys have the
@@ -136,7 +136,8 @@ def gathered(held: Held, picks: Picks) -> Batch:
     """The batch of one step, as the loader gives it."""
     batch, keep = held.take(picks["index"]), picks["keep"]
     mask = batch.get("mask", jnp.ones(keep.shape, bool))
-    return {**batch, "mask": mask & keep.reshape(-1, *[1] * (mask.ndim - 1)), "index": picks["index"]}
+    batch = {**batch, "mask": mask & keep.reshape(-1, *[1] * (mask.ndim - 1)), "index": picks["index"]}
+    return {name: constrain(x, "batch") for name, x in batch.items()}
 
 
 def divide(tally: Tally, weights: Mapping[str, Array], coefficients: tuple[tuple[str, float], ...], hyper: Hyper) -> Float[Array, ""]:

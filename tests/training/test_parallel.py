@@ -236,6 +236,14 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_chunks_on_a_mesh_make_the_run_of_one_device(alone, tmp_path):
+    argv = (*DIGITS, "parallel=mesh", "parallel.data=2", "parallel.fsdp=4", "debug.cpu_devices=8", "train.chunk=10", f"run_dir={tmp_path / 'run'}")
+    done = subprocess.run([sys.executable, "-m", "research.train", *argv], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert curve(tmp_path / "run") == pytest.approx(curve(alone), abs=1e-5)
+
+
+@pytest.mark.slow
 def test_two_hosts_make_the_run_of_one(alone, tmp_path):
     processes = hosts_of(2, tmp_path / "run", *DIGITS, "parallel=mesh", "parallel.fsdp=2")
     told = [process.communicate(timeout=300)[0] for process in processes]
