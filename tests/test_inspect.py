@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -70,6 +72,7 @@ def test_a_model_that_is_not_trained_yet_is_known_by_its_shapes(inspect):
 def test_a_scanned_model_is_shown_layer_by_layer(inspect):
     _, plain = inspect(*GPT, "taps=false")
     out, scanned = inspect(*GPT, "model.scan=true", "taps=false")
+    assert scanned.pop("training")["params_bytes"] == plain.pop("training")["params_bytes"]
     assert scanned == plain
     assert "taps, of a batch of 1" not in out
 
@@ -86,3 +89,44 @@ def test_a_folder_that_is_no_run_is_refused(command, tmp_path):
     told = command("inspect", f"run={tmp_path}")
     assert told.code == 2
     assert "is no run folder" in told.err[-1]
+
+
+def test_a_step_is_told_before_it_runs_and_probed_where_that_is_asked_for(inspect):
+    out, report = inspect(*MLP, "probe=true", "memory=1000000", "data.batch=32")
+    training = report["training"]
+    assert training["params_bytes"] == 4 * report["trained"]
+    assert training["memory_bytes"] == 1_000_000
+    assert training["ms_per_step"] > 0
+    for word in ("a training step", "state bytes per device", "largest microbatch", "ms per step"):
+        assert word in out
+
+
+def test_every_value_of_a_config_has_an_origin(inspect):
+    out, report = inspect(*MLP, "origins=true", "taps=false", "optimizer=lion")
+    origin = {row["path"]: row["from"] for row in report["origins"]}
+    assert origin["model.width"] == "command line"
+    assert origin["train.eval_every"] == "experiments/digits_mlp.yaml"
+    assert origin["optimizer.b2"] == "conf/optimizer/lion.yaml (chosen on the command line)"
+    assert origin["train.log_every"] == "conf/train/default.yaml"
+    assert origin["seed"].startswith("conf/")
+    assert next(row for row in report["origins"] if row["path"] == "model.dtype")["written"] == "${train.precision}"
+    assert "command line" in out
+
+
+@pytest.mark.slow
+def test_the_largest_model_is_inspected_on_a_laptop():
+    """175 billion parameters on 512 devices: in half a minute and 4 GB, on any machine."""
+    program = """
+import resource, sys, time
+began = time.perf_counter()
+from research.inspect import main
+code = main(sys.argv[1:])
+print("cost", code, time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    layout = ("parallel=mesh", "parallel.data=1", "parallel.fsdp=64", "parallel.tensor=8")
+    done = subprocess.run([sys.executable, "-c", program, "experiment=gpt3_175b", *layout], capture_output=True, text=True, timeout=120)
+    _, code, seconds, kilobytes = done.stdout.splitlines()[-1].split()
+    assert code == "0", done.stderr
+    assert "174,604,259,328" in done.stdout
+    assert float(seconds) < 30
+    assert int(kilobytes) < 4e6

@@ -11,6 +11,8 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from research.core.types import Batch, Objective, Tree
 
+_TRANSFORMS = ("checkpoint", "rematted_computation", "while", "body", "closed_call")  # words of a name stack that are no module's
+
 
 class Cost(NamedTuple):
     """The operations of one call.
@@ -37,6 +39,17 @@ def cost(function: Callable[..., Any], *args: Any) -> Cost:
     return _total(dce_jaxpr(program, [True] * len(program.outvars))[0])
 
 
+def flops_by_layer(function: Callable[..., Any], *args: Any) -> dict[str, int]:
+    """{path of a linen module: floating-point operations of its own} of `function(*args)`; their sum is what `cost` counts.
+
+    Of the branches of a condition the dearest counts, as there. What no module names stands under "".
+    """
+    program = jax.make_jaxpr(function)(*args).jaxpr
+    found: dict[str, int] = {}
+    _add(dce_jaxpr(program, [True] * len(program.outvars))[0], "", 1, found)
+    return found
+
+
 def flops(function: Callable[..., Any], *args: Any) -> int:
     """The floating-point operations of `function(*args)`, as `cost` counts them."""
     return cost(function, *args).flops
@@ -55,6 +68,25 @@ def flops_per_example(objective: Objective, model: tuple[Tree, Tree, Tree, Any],
         return objective.predict(params, extra, frozen, batch, None, hyper)[0]
 
     return flops(outputs, model, batch) // batch["mask"].shape[0]
+
+
+def _add(program: Jaxpr, above: str, times: int, found: dict[str, int]) -> None:
+    """Adds what each equation costs to the module that its name stack ends in."""
+    for equation in program.eqns:
+        stack = "/".join(part for part in (above, str(equation.source_info.name_stack)) if part)
+        once, inner = _equation(equation).flops, list(jaxprs_in_params(equation.params))
+        if not once:
+            continue
+        if not inner:
+            words = [word for word in stack.split("/") if word not in _TRANSFORMS and not set(word) & set("(.,")]
+            path = "/".join(words[1:])  # the first is the class of the whole
+            found[path] = found.get(path, 0) + times * once
+            continue
+        if equation.primitive is cond_p:
+            inner = [max(inner, key=lambda branch: _total(branch).flops)]
+        repeat = once // max(sum(_total(part).flops for part in inner), 1)  # a scan's length, a mesh's devices
+        for part in inner:
+            _add(part, stack, times * repeat, found)
 
 
 def _total(program: Jaxpr) -> Cost:

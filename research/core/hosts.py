@@ -40,7 +40,7 @@ def connect(node: Mapping[str, Any]) -> None:
 
     if jax.distributed.is_initialized():
         return
-    limits = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": timeout, "shutdown_timeout_seconds": timeout}
+    limits: dict[str, Any] = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": timeout, "shutdown_timeout_seconds": timeout}
     try:
         jax.distributed.initialize(**where, **limits)
     except (RuntimeError, ValueError) as error:

@@ -35,6 +35,7 @@ class Assembly:
 
     def state(self) -> State:
         """The state before the first step."""
+        self.parallel.check()
         return self.parallel.create(self.step, self._key(), zero_batch(self.spec, 1), self.hyper)
 
     def abstract(self) -> State:
@@ -52,8 +53,10 @@ class Assembly:
         Raises:  ConfigError: the objective reads what the data does not have, or `train.monitor` names no metric.
         """
         example = abstract_batch(self.spec, batch // self.parallel.count)
+        # on one device, the very program of the run, which keeps what is traced here
+        program = self.parallel.train(self.step) if isinstance(self.parallel, Jit) else dataclasses.replace(self.step, axis=None)
         try:
-            _, metrics = jax.eval_shape(dataclasses.replace(self.step, axis=None), self.abstract(), frozen, example)
+            _, metrics = jax.eval_shape(program, self.abstract(), frozen, example)
         except KeyError as error:
             raise ConfigError(_missing(error.args[0], self.spec, type(self.step.objective).__name__)) from error
         names = {*metrics, *self.step.objective.derived(dict.fromkeys(metrics, 1.0))}
@@ -104,7 +107,6 @@ def assemble(config: DictConfig, *, batches: int | None = None, training: bool =
     step.schedule.check(step.steps)
     step.optimizer.check(hyper)
     parallel = parallel.fit(step.objective, abstract_batch(plain["data"]["spec"], 1))
-    parallel.check()
     if train.chunk > 1:
         parallel.train_chunk(step)  # nothing is compiled; a layout that has none says so
     return Assembly(step, hyper, train, parallel, plain["data"]["spec"], config.seed)

@@ -311,7 +311,8 @@ class Sharded:
     @functools.cached_property
     def share(self) -> tuple[int, int]:
         place = NamedSharding(self.layout.mesh, self.layout.spec(("batch",)))
-        read = {index[0].indices(self.count)[0] for index in place.addressable_devices_indices_map((self.count,)).values()}
+        held = place.addressable_devices_indices_map((self.count,)).values()
+        read = {index[0].indices(self.count)[0] for index in held if index is not None}
         first, parts = min(read), len(read)
         if max(read) - first + 1 != parts or first % parts or self.count % parts:
             raise ConfigError("parallel: the examples of this host's devices are no equal part of a batch; make data x fsdp a multiple of the hosts")

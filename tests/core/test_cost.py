@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec
 
 from research.core.build import build
 from research.core.config import compose, resolved, split_values
-from research.core.cost import cost, flops, flops_per_example
+from research.core.cost import cost, flops, flops_by_layer, flops_per_example
 from research.core.spec import abstract_batch, fields
 from research.core.tree import count, paths
 
@@ -155,3 +155,20 @@ def test_a_batch_of_any_size_costs_the_same_per_example():
     objective, model, _ = described(IMAGE, "data=digits", "model=mlp", "model.width=8", "model.depth=1")
     one, many = (flops_per_example(objective, model, abstract_batch(IMAGE, n)) for n in (1, 64))
     assert one == many == 2 * (64 * 8 + 8 * 5)
+
+
+@pytest.mark.parametrize("more", [(), ("model.scan=true", "model.remat=full"), ("model.attention=reference",)], ids=["plain", "scanned", "reference"])
+def test_every_operation_belongs_to_a_layer(more):
+    sizes = ("model.width=16", "model.depth=3", "model.heads=2")
+    objective, (params, extra, frozen, hyper), batch = described(TEXT, "data=python_docs", "model=gpt", "objective=language_model", *sizes, *more)
+
+    def logits(params, batch):
+        return objective.predict(params, extra, frozen, batch, None, hyper)[0]
+
+    found = flops_by_layer(logits, params, batch)
+    assert sum(found.values()) == cost(logits, params, batch).flops
+    blocks = ["blocks"] if "model.scan=true" in more else [f"block_{i}" for i in range(3)]
+    for block in blocks:
+        layers = 3 if block == "blocks" else 1
+        assert found[f"{block}/mlp/up"] == layers * batch["tokens"].shape[0] * batch["tokens"].shape[1] * 2 * 16 * 64
+        assert found[f"{block}/attention"] > 0  # scores and values, of no kernel

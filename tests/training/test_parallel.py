@@ -26,7 +26,7 @@ DIGITS = ("experiment=digits_cnn", "model.norm=batch", "train.epochs=null", "tra
 LAYOUTS = {
     "data": ({"data": 8},),
     "fsdp": ({"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 4}),
-    "tensor": ({"data": 1, "tensor": 4}, {"data": 2, "fsdp": 2, "tensor": 2}),
+    "tensor": ({"data": 1, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}),
     "sequence": ({"data": 1, "fsdp": 2, "sequence": 4}, {"data": 2, "tensor": 2, "sequence": 2}),
 }
 GROUPS = [(kind, group) for kind in ("mlp", "cnn", "gpt", "scanned") for group in LAYOUTS if kind in ("gpt", "scanned") or group in ("data", "fsdp")]
@@ -268,7 +268,8 @@ def test_a_checkpoint_goes_on_from_host_to_host_and_mesh_to_mesh(alone, tmp_path
     for i, place in enumerate(places):
         if i == 0:
             processes = hosts_of(2, folder, *DIGITS, *place)
-            assert [process.wait(300) for process in processes] == [0, 0]
+            told = [process.communicate(timeout=300)[0] for process in processes]
+            assert [process.returncode for process in processes] == [0, 0], told
         else:
             done = subprocess.run([sys.executable, "-m", "research.train", *DIGITS, f"run_dir={folder}", *place], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
@@ -294,8 +295,7 @@ def test_a_host_that_is_asked_to_stop_stops_all_and_one_that_dies_is_an_error(tm
     if signal == "SIGTERM":
         assert codes == [75, 75], told
         assert "saved at step" in told[0]
+        assert [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
     else:
         assert codes[0] not in (0, 75), told
         assert time.monotonic() - began < 60  # hosts.timeout_s=15
-    steps = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
-    assert steps or signal == "SIGKILL"
