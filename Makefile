@@ -32,8 +32,8 @@ check: $(DEVELOPER_READY) ## format, lint, spelling, types, and who may import w
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-bench: $(DEVELOPER_READY) ## speed of whole training steps beside plain torch programs of the same shapes
-	$(BIN)/python tests/peers/compare.py
+bench: $(DEVELOPER_READY) ## speed of whole training steps beside plain torch, growth with the context, bytes per device; PARTS=gpu on a GPU
+	$(BIN)/python experiments/bench/bench.py $(PARTS)
 
 clean: ## remove .venv, caches and builds; runs/ and data/ stay
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,9 +1,10 @@
-"""Times training steps, in turn with a plain torch program if asked: `python -m research.benchmark experiment=NAME peer=torch`."""
+"""Times training steps, says what they reach of the hardware, and where the time goes: `python -m research.benchmark experiment=NAME peer=torch`."""
 
 import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
+import jax
 import numpy as np
 from omegaconf import DictConfig, open_dict
 from rich.console import Console
@@ -26,11 +28,14 @@ from research.data.loader import Loader
 from research.data.on_device import place
 from research.data.random_data import random_data
 from research.training.assembly import assemble, settings
-from research.training.run import device_name, environment, peak_bytes
+from research.training.profile import Operation, dearest, traced
+from research.training.run import device_name, environment, new_path, peak_bytes
 from research.training.timing import Block, Timer, settle
+from research.training.utilisation import check_peak, model_flops, peak, step_flops
 
 PEER_FOLDER = pathlib.Path(__file__).resolve().parents[1] / "tests" / "peers"
 BUSY = 0.1  # share of the processor in other programs' hands above which a time is not that of the machine
+TRACED = 10  # steps of a profile, at most: a trace of a large model grows by megabytes with each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +44,17 @@ class Program:
 
     Args:    file: in `PEER_FOLDER`.  options: option of its command line -> path in the config.
              only: path in the config -> the one value that the program knows, which it is not told.
+             anywhere: whether it takes `--device` and computes in bfloat16 too; else it is a program for CPU in float32.
     """
 
     file: str
     options: Mapping[str, str]
     only: Mapping[str, Any]
+    anywhere: bool = False
 
 
-_ONLY = {"model.dropout": 0.0, "train.precision": "float32", "train.accumulate": 1}
+_ONLY = {"model.dropout": 0.0, "train.accumulate": 1}
+DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # ours -> torch's
 _GPT = Program(
     "gpt_torch.py",
     options={
@@ -54,7 +62,9 @@ _GPT = Program(
         "batch": "data.batch",
         "clip": "train.clip",
         "ema": "train.ema",
+        "dtype": "train.precision",
     },
+    anywhere=True,
     only={
         "model.kv_heads": None,
         "model.head_width": None,
@@ -64,7 +74,7 @@ _GPT = Program(
         "model.norm": "layer",
         "model.bias": False,
         "model.tied": True,
-        "model.remat": False,
+        "model.remat": "none",
         "optimizer._target_": "optax.adamw",
         **_ONLY,
     },
@@ -83,10 +93,50 @@ _CNN = Program(
         "model.norm": None,
         "train.clip": None,
         "optimizer._target_": "optax.adam",
+        "train.precision": "float32",
         **_ONLY,
     },
 )
-PEERS = {"torch": {"research.models.gpt.GPT": _GPT, "research.models.cnn.CNN": _CNN}}
+_RESNET = Program(
+    "resnet_torch.py",
+    options={
+        **{name: f"model.{name}" for name in ("outputs", "blocks", "channels")},
+        "batch": "data.batch",
+        "image": "data.spec.image",
+        "ema": "train.ema",
+    },
+    only={
+        "model.hidden": None,
+        "model.stem": "small",
+        "model.activation": "relu",
+        "train.clip": None,
+        "optimizer._target_": "research.training.optimizer.sgd",
+        "optimizer.momentum": 0.9,
+        "optimizer.nesterov": False,
+        "optimizer.weight_decay": 0.0,
+        "train.precision": "float32",
+        "train.accumulate": 1,
+    },
+)
+_LSTM = Program(
+    "lstm_torch.py",
+    options={
+        **{name: f"model.{name}" for name in ("vocabulary", "width", "depth")},
+        "time": "data.spec.time",
+        "batch": "data.batch",
+        "clip": "train.clip",
+        "ema": "train.ema",
+    },
+    only={"model.embedding": None, "model.tied": False, "optimizer._target_": "optax.adam", "train.precision": "float32", **_ONLY},
+)
+PEERS = {
+    "torch": {
+        "research.models.gpt.GPT": _GPT,
+        "research.models.cnn.CNN": _CNN,
+        "research.models.resnet.ResNet": _RESNET,
+        "research.models.lstm.LSTM": _LSTM,
+    }
+}
 
 
 def benchmark(config: DictConfig) -> dict[str, Any]:
@@ -97,11 +147,15 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
     even the ratio, since a program whose threads wait for each other suffers more: `busy` says how much of it they used.
 
     Args:    config: as `research.compose([...], verb="benchmark")` gives it.
+    Utilisation is what the model has to compute (`training/utilisation.py` has the formula, which is printed) over what a large matrix product of
+    the run's type reaches on this machine, or over a peak that is named. Beside it stands what the step really multiplies.
+
     Raises:  ConfigError: an experiment or peer that cannot be timed.  ResearchError: the peer's program failed.
     """
     for name in ("steps", "warmup", "rounds"):
         if not isinstance(config[name], int) or config[name] < 1:
             raise ConfigError(f"{name}={config[name]}: must be a whole number of at least 1")
+    check_peak(config.peak)
     program = find_program(config)
     dataset, is_random = _open(config.data)
     with open_dict(config):
@@ -109,7 +163,8 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
     loader = Loader(place(dataset.split("train"), settings(config).chunk), config.data.batch, seed=config.seed)
     assembly = assemble(config, batches=len(loader))
     assembly.check(loader.batch)
-    timer = Timer(assembly, loader, config.warmup + (config.rounds + 1) * config.steps)
+    at_most, peak_from = peak(config.train.precision, config.peak)
+    timer = Timer(assembly, loader, config.warmup + (config.rounds + 2) * config.steps)
     if program is None:
         timer.warm_up(config.warmup)
         shares, blocks, compared = [settle()], [timer.block(config.steps)], {"peer": None, "ratio": None, "ratios": None}
@@ -117,6 +172,8 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
         with started(config.peer, [*peer_command(program, config), "--steps", str(config.steps)]) as peer:
             shares, blocks, compared = _rounds(peer, timer, config)
     steps_per_s = timer.rate(config.steps)
+    items = loader.batch * dataset.spec.get("time", 1)
+    model, step = model_flops(assembly), step_flops(assembly, loader.batch)
     result = {
         "experiment": config.name,
         "device": device_name(),
@@ -129,11 +186,19 @@ def benchmark(config: DictConfig) -> dict[str, Any]:
         **_times([step for block in blocks for step, _ in block]),
         "steps_per_s": steps_per_s,
         "items": "tokens" if "time" in dataset.spec else "examples",
-        "items_per_s": steps_per_s * loader.batch * dataset.spec.get("time", 1),
+        "items_per_s": steps_per_s * items,
+        "model_flops_per_item": model.flops,
+        "model_flops_formula": model.formula,
+        "step_flops_per_item": step.flops / items,
+        "peak_flops_per_s": at_most,
+        "peak_from": peak_from,
+        "utilisation": model.flops * items * steps_per_s / at_most,
+        "step_utilisation": step.flops * steps_per_s / at_most,
         "data_wait": _share(blocks),
         "peak_bytes": peak_bytes(),
         "versions": environment()["versions"],
         **compared,
+        "profile": _profile(config, timer) if config.profile else None,
     }
     _show(result)
     if config.json:
@@ -220,6 +285,11 @@ def peer_command(program: Program, config: Mapping[str, Any]) -> list[str]:
         if (value := descend(tree, path)[0]) != known:
             raise ConfigError(f"peer: {program.file} only knows {path}={json.dumps(known)}, not {json.dumps(value)}")
     command = [sys.executable, str(PEER_FOLDER / program.file)]
+    backend = jax.default_backend()
+    if backend not in (DEVICES if program.anywhere else ("cpu",)):
+        raise ConfigError(f"peer: {program.file} runs on {' or '.join(DEVICES.values()) if program.anywhere else 'cpu'}, and this is a {backend}")
+    if program.anywhere:
+        command += ["--device", DEVICES[backend]]
     for option, path in program.options.items():
         value = descend(tree, path)[0]
         if value is not None:
@@ -238,6 +308,15 @@ def _open(node: DictConfig) -> tuple[Dataset, bool]:
             raise error from None
         app.say(f"random data of the same shapes is timed, since {error}")
         return data, True
+
+
+def _profile(config: DictConfig, timer: Timer) -> dict[str, Any]:
+    """Where a trace of a few steps lies, and the operations that took most of their time."""
+    folder = new_path(config.paths.runs, f"{config.name}-profile") if config.profile is True else config.profile
+    steps = min(TRACED, config.steps)
+    with traced(folder):
+        steps = len(timer.block(steps))  # of whole chunks
+    return {"folder": os.fspath(folder), "steps": steps, "operations": [dataclasses.asdict(operation) for operation in dearest(folder, steps)]}
 
 
 def _times(seconds: list[float]) -> dict[str, Any]:
@@ -273,6 +352,8 @@ def _show(result: Mapping[str, Any]) -> None:
         "ms per step": f"{result['ms_per_step']:.2f}  ({low:.2f} to {high:.2f})",
         "steps/s": f"{result['steps_per_s']:.2f}",
         f"{result['items']}/s": f"{result['items_per_s']:,.0f}",
+        "utilisation": f"{result['utilisation']:.1%} of {result['peak_flops_per_s'] / 1e12:.3g} TFLOP/s",
+        "computed": f"{result['step_utilisation']:.1%}",
         "compile": f"{result['compile_s']:.1f} s",
         "data wait": f"{result['data_wait']:.1%}",
         "peak memory": f"{(result['peak_bytes'] or 0) / 2**20:,.0f} MiB",
@@ -282,10 +363,25 @@ def _show(result: Mapping[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, value, *([_theirs(name, peer)] if peer else []))
     Console().print(f"{result['device']}, {result['data']} data", table, sep="\n")
+    item = f"FLOPs a {result['items'].removesuffix('s')}"
+    app.say(f"utilisation: {result['model_flops_formula']} = {result['model_flops_per_item']:,.0f} {item}, which the model has to compute,")
+    app.say(f"  of a peak that is {result['peak_from']}; computed: {result['step_flops_per_item']:,.0f}, in the step as it is written")
+    if result["profile"]:
+        _show_profile(result["profile"])
     if peer:
         app.say(f"ours / {peer['name']}: {result['ratio']:.2f}  (rounds: {', '.join(f'{ratio:.2f}' for ratio in result['ratios'])})")
     if result["busy"] > BUSY:
         app.say(f"other programs used {result['busy']:.0%} of the processor: measure again on a quiet machine")
+
+
+def _show_profile(profile: Mapping[str, Any]) -> None:
+    table = Table(
+        f"operation, {profile['steps']} steps", "module", "share", "ms a step", "times a step", box=None, header_style="bold", pad_edge=False
+    )
+    for operation in (Operation(**fields) for fields in profile["operations"]):
+        name = operation.operation + (", backward" if operation.backward else "")
+        table.add_row(name, operation.module, f"{operation.share:.1%}", f"{operation.seconds * 1e3:.2f}", f"{operation.count:g}")
+    Console().print("", table, f"trace: {profile['folder']}", sep="\n")
 
 
 def _theirs(row: str, peer: Mapping[str, Any]) -> str:

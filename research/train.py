@@ -42,7 +42,7 @@ from research.run import Run, Weights, judging, looked_into, select, text
 from research.training import log, run
 from research.training.assembly import Assembly, assemble, parts, settings
 from research.training.checkpoint import Checkpoints
-from research.training.clock import Clock
+from research.training.clock import Clock, programs
 from research.training.interrupt import Interrupt
 from research.training.loop import Diverged, Loop, Outcome, new_host
 from research.training.parallel import Parallel
@@ -116,9 +116,7 @@ def _check(config: DictConfig) -> None:
 def _folder(config: DictConfig) -> tuple[epath.Path, Run | None]:
     """Where the run is to be, and the run that it is forked from."""
     if hosts.count() > 1 and not (config.run_dir and config.resume != "fork"):
-        raise ConfigError(
-            f"{hosts.count()} hosts need one run_dir=PATH that all of them see; fork on one host first, then go on with its folder"
-        )
+        raise ConfigError(f"{hosts.count()} hosts need one run_dir=PATH that all of them see; fork on one host first, then go on with its folder")
     if config.resume != "fork":
         return epath.Path(config.run_dir or run.new_path(config.paths.runs, config.name)), None
     if not config.run_dir:
@@ -206,6 +204,7 @@ class Training:
         explained: Run | None = None,
     ):
         self.config, self.path, self.parent, self.before, self.interrupt = config, path, parent, before, interrupt
+        self._programs = programs()  # of earlier runs of this process
         self.began = False  # whether the folder has been written to
         app.say(f"run folder {os.fspath(path)}")
         known = parent or explained  # a fork too: its weights know the parent's tokens
@@ -462,8 +461,11 @@ class Training:
         for name, value in result["metrics"].items():
             table.add_row(name, "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value))
         speed = f", {result['steps_per_s']:.1f} steps/s" if result["steps_per_s"] else ""
+        made, cached = (now - before for now, before in zip(programs(), self._programs, strict=True))
+        kept = f", {cached} of {made} programs from the cache" if cached else ""
         Console(markup=False).print(table)
-        app.say(f"{result['status']} at step {result['step']:,}: trained {result['train_s']:.1f} s{speed}, compiled {result['compile_s']:.1f} s")
+        spent = f"trained {result['train_s']:.1f} s{speed}, compiled {result['compile_s']:.1f} s{kept}"
+        app.say(f"{result['status']} at step {result['step']:,}: {spent}")
         if result["expect"]:
             app.say(f"expected {_band(result['expect'])}: {'met' if result['expect']['met'] else 'MISSED'}")
         if getattr(self, "text", None):

@@ -45,6 +45,14 @@ FAMILIES = {  # a new family takes its place here
         *("experiment=quickstart", "data.time=16", "data.batch=4", "data.validation=0.002", "schedule.warmup=0"),
         *("model.width=16", "model.depth=2", "model.heads=2", "model.hidden=16", "model.scan=true"),
     ),
+    "resnet": (
+        *("experiment=cifar10_resnet18", "data=digits", "data.batch=64", "train.epochs=null", "schedule.warmup=0"),
+        *("model.blocks=[1,1]", "model.channels=[4,8]"),
+    ),
+    "lstm": (
+        *("experiment=shakespeare_char_lstm", "data=python_docs", "data.time=16", "data.batch=4", "data.validation=0.002", "schedule.warmup=0"),
+        *("model.width=16", "model.depth=2"),
+    ),
 }
 
 

@@ -23,6 +23,7 @@ TEXT = {"fields": fields(mask=(16,), tokens=((16,), "int32"), target=((16,), "in
 SPECS = {"classify": IMAGE, "regress": TABLE, "language_model": TEXT}
 TEACHERS = {"sparse_autoencoder": "shakespeare_char_cpu"}  # experiment: that of the run that its command names
 RELEVANCE = ("right_reasons", "attention_alignment")  # objectives that read which inputs may be used
+TEXT_MODELS = ("gpt", "lstm", "gpt2_124m", "gpt2_350m", "gpt_1b3", "gpt3_175b")
 MODEL_OPTIONS = {
     "perceptron": ("model.outputs=3",),
     "mlp": ("model.width=[8,4]", "model.depth=0", "model.norm=batch", "model.norm=layer", "model.dropout=0.5", "model.activation=silu"),
@@ -30,9 +31,11 @@ MODEL_OPTIONS = {
         *("model.kernel=[5,3,1]", "model.pool=1", "model.padding=SAME", "model.hidden=[]", "model.hidden=[32,16]", "model.norm=batch"),
         *("model.norm=layer", "model.dropout=0.5", "model.activation=gelu"),
     ),
+    "lstm": ("model.width=[8,16]", "model.tied=true", "model.embedding=8", "model.depth=1", "model.dropout=0.5"),
+    "resnet18": ("model.blocks=[1,1,1,1]", "model.hidden=8", "model.stem=imagenet", "model.zero=true", "model.activation=gelu"),
     "gpt": (
         *("model.positions=sinusoidal", "model.positions=rotary", "model.activation=swiglu", "model.activation=relu", "model.norm=rms"),
-        *("model.bias=false", "model.tied=false", "model.dropout=0.5", "model.scan=true", "model.remat=true", "model.scan=true model.remat=true"),
+        *("model.bias=false", "model.tied=false", "model.dropout=0.5", "model.scan=true", "model.remat=full", "model.scan=true model.remat=dots"),
         *(
             "model.kv_heads=2",
             "model.hidden=[8,16,8,16]",
@@ -40,8 +43,15 @@ MODEL_OPTIONS = {
             "model.hidden=[8,0,8,0]",
             "model.heads=[4,2,4,2] model.head_width=16",
             "model.head_width=8",
+            "model.remat=[middle,mlp/hidden]",
+            "model.attention=reference",
+            "model.attention=blockwise",
         ),
     ),
+    "gpt2_124m": ("model.vocabulary=50257 model.time=1024",),
+    "gpt2_350m": ("model.vocabulary=50257 model.time=1024",),
+    "gpt_1b3": ("model.remat=full",),
+    "gpt3_175b": ("model.remat=[middle]",),
 }
 
 
@@ -64,20 +74,21 @@ def traced(overrides, spec):
 @pytest.mark.parametrize("model", options("model"))
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_every_model_takes_a_step(model, precision):
-    objective = "language_model" if model == "gpt" else "classify"
+    objective = "language_model" if model.startswith(("gpt", "lstm")) else "classify"
     assembly = traced([f"model={model}", f"objective={objective}", f"train.precision={precision}"], SPECS[objective])
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(assembly.abstract().params))
 
 
 @pytest.mark.parametrize(("model", "option"), [(model, option) for model, every in MODEL_OPTIONS.items() for option in every])
 def test_every_option_of_a_model_takes_a_step(model, option):
-    objective = "language_model" if model == "gpt" else "classify"
+    objective = "language_model" if model.startswith(("gpt", "lstm")) else "classify"
     spec = {**SPECS[objective], "outputs": 3} if "outputs" in option else SPECS[objective]
     traced([f"model={model}", f"objective={objective}", *option.split()], spec)
 
 
 def test_no_model_is_without_options():
-    assert set(MODEL_OPTIONS) == set(options("model"))
+    sizes = {name for name in options("model") if name.startswith("gpt") and name != "gpt"}  # of the one above
+    assert set(MODEL_OPTIONS) == set(options("model")) - sizes
 
 
 @pytest.mark.parametrize("objective", options("objective"))

@@ -14,6 +14,11 @@ FAMILIES = {
     "perceptron": ("model=perceptron", "optimizer=momentum"),
     "mlp": ("model.width=16", "model.dropout=0.2", "objective.label_smoothing=0.1", "schedule=cosine", "schedule.warmup=5"),
     "cnn": ("model=cnn", "model.channels=[4,8]", "model.pool=2", "model.padding=SAME", "model.hidden=[8]", "model.norm=batch", "train.accumulate=2"),
+    "resnet": ("model=resnet18", "model.blocks=[1,1]", "model.channels=[4,6]", "model.zero=true"),
+    "lstm": (
+        *("model=lstm", "model.width=16", "model.dropout=0.1", "objective=language_model", "train.clip=1.0", "logger.sample=false"),
+        *("data=text", "data.path=TEXT", "data.time=16", "data.batch=8"),
+    ),
     "gpt": (
         *("model=gpt", "model.width=16", "model.depth=2", "model.heads=4", "model.kv_heads=2", "model.positions=rotary", "model.norm=rms"),
         *("model.activation=swiglu", "model.hidden=24", "model.dropout=0.1", "objective=language_model", "train.clip=1.0", "logger.sample=false"),
@@ -40,7 +45,7 @@ def curve(family, folder, command):
     return [record["train/loss"] for record in records if "train/loss" in record]
 
 
-@pytest.mark.parametrize("family", [pytest.param(name, marks=pytest.mark.slow) if name == "gpt" else name for name in FAMILIES])
+@pytest.mark.parametrize("family", [pytest.param(name, marks=pytest.mark.slow) if name in ("gpt", "lstm") else name for name in FAMILIES])
 def test_the_loss_curve_is_what_it_was(family, tmp_path, command, pytestconfig):
     path, losses = GOLDEN / f"{family}.json", curve(family, tmp_path, command)
     if pytestconfig.getoption("--golden-write"):

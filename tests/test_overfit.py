@@ -19,6 +19,11 @@ FAMILIES = {
         "optimizer=adam",
         "optimizer.learning_rate=0.03",
     ),
+    "resnet": ("model=resnet18", "model.blocks=[1,1]", "model.channels=[4,8]", *FEW, "optimizer=adam", "optimizer.learning_rate=0.03"),
+    "lstm": (
+        *("model=lstm", "model.width=32", "objective=language_model", "logger.sample=false"),
+        *("data=text", "data.path=TEXT", "data.validation=0", "data.time=32", "data.batch=all", "optimizer=adam", "optimizer.learning_rate=0.03"),
+    ),
     "gpt": (
         *("model=gpt", "model.width=32", "model.depth=1", "model.heads=2", "model.hidden=32", "objective=language_model", "logger.sample=false"),
         *("data=text", "data.path=TEXT", "data.validation=0", "data.time=32", "data.batch=all", "optimizer=adam", "optimizer.learning_rate=0.03"),

@@ -29,7 +29,8 @@ def cached_programs(node: Mapping[str, Any] | None) -> Iterator[None]:
 
     node = node or {}
     folder, size = node.get("folder"), node.get("bytes")
-    if folder is None or jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    before = {name: getattr(jax.config, f"jax_{name}") for name in SETTINGS}
+    if folder is None or before["compilation_cache_dir"] is not None or not getattr(jax.config, "jax_enable_compilation_cache"):  # noqa: B009
         yield
         return
     if type(size) is not int or size < 1:
@@ -39,10 +40,10 @@ def cached_programs(node: Mapping[str, Any] | None) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
         (path / ".writable").touch()
     except OSError as error:
-        print(f"warning: cache.folder={os.fspath(path)!r} cannot be written ({error.strerror}): programs are compiled anew", file=sys.stderr, flush=True)
+        told = f"warning: cache.folder={os.fspath(path)!r} cannot be written ({error.strerror}): programs are compiled anew"
+        print(told, file=sys.stderr, flush=True)
         yield
         return
-    before = {name: getattr(jax.config, f"jax_{name}") for name in SETTINGS}
     # XLA's own caches would put the folder's name into the key of each program, and are for GPUs
     for name, value in zip(SETTINGS, (os.fspath(path), size, 0.0, "none"), strict=True):
         jax.config.update(f"jax_{name}", value)

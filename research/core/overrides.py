@@ -24,7 +24,7 @@ from research.core.errors import ConfigError, nearest
 from research.core.nodes import below_call, descend, is_call, near, plain
 
 COMPOSING = (HydraException, OmegaConfBaseException, yaml.YAMLError)  # what goes wrong between YAML and config
-_TEXT = ("prompt",)  # keys whose value is what a person says, commas and all
+_TEXT = ("prompt", "command", "tpu.setup", "slurm.setup")  # keys whose value is what a person says or a shell reads, commas and all
 _KEY = re.compile(r"[+~]{0,2}[\w.@/\[\]]+")
 _FUNCTIONS = "choice|range|interval|glob|sort|shuffle|tag|extend_list|int|float|str|bool|json_str"
 _SYNTAX = re.compile(rf"""[\[{{'"]|({_FUNCTIONS})\(""")  # how a value begins that is Hydra's own syntax and no plain text

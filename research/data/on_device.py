@@ -1,7 +1,8 @@
 """The whole of a split on the device: an accelerator would wait for the copy of every batch, and a chunk of steps gathers its own."""
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import flax.struct
 import jax
@@ -99,14 +100,18 @@ def place(source: Source, chunk: int = 1) -> Source:
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)  # a CPU has none
     if chunk > 1 and not memory:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    windows = isinstance(source, Windows) and source.overlap
-    if not windows and hasattr(source, "draws") and source.draws != len(source):  # type: ignore[attr-defined]
-        if chunk > 1:
-            raise ConfigError(f"train.chunk={chunk}: the examples of {type(source).__name__} overlap, so they cannot all lie on the device; use train.chunk=1")
+    held: Callable[[], Source]
+    if isinstance(source, Windows) and source.overlap:
+        size, held = source.tokens.nbytes, functools.partial(TokensOnDevice, source)
+    elif getattr(source, "draws", len(source)) == len(source):
+        size, held = len(source) * sum(np.asarray(x).nbytes for x in source.take(np.zeros(1, np.int32)).values()), functools.partial(OnDevice, source)
+    elif chunk > 1:
+        kind = type(source).__name__
+        raise ConfigError(f"train.chunk={chunk}: the examples of {kind} overlap, so they cannot all lie on the device; use train.chunk=1")
+    else:
         return source
-    size = source.tokens.nbytes if windows else len(source) * sum(np.asarray(x).nbytes for x in source.take(np.zeros(1, np.int32)).values())
     if size <= _SHARE * memory:
-        return TokensOnDevice(source) if windows else OnDevice(source)
+        return held()
     if chunk > 1:
         raise ConfigError(
             f"train.chunk={chunk}: the training split takes {size / 1e9:.3g} GB on the device, more than the {_SHARE * memory / 1e9:.3g} GB that are "

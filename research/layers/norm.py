@@ -1,5 +1,6 @@
 """Normalisation with float32 statistics."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -30,7 +31,8 @@ class LayerNorm(nn.Module):
     def __call__(self, x: Float[Array, "*b d"], taps: dict[str, Any] | None = None) -> Float[Array, "*b d"]:
         full = x.astype(jnp.float32)
         centred = full - full.mean(-1, keepdims=True)
-        y = centred * _factor(self, taps, jnp.square(centred).mean(-1, keepdims=True))
+        factor = _factor(self, taps, jnp.square(centred).mean(-1, keepdims=True))  # dead code unless it is read or edited
+        y = centred * factor if self.has_variable("edits", "factor") else standardized(full, self.epsilon)
         return _affine(self, y, self.bias).astype(x.dtype)
 
 
@@ -60,12 +62,13 @@ class BatchNorm(nn.Module):
     variance that normalises is divided by n, the running one by n - 1. Under gradient accumulation each microbatch is normalised by its own
     statistics (ghost normalisation), so 1, 2 and 4 microbatches do not give the same update.
 
-    Args:    decay: share of the running statistics that an update keeps.  epsilon: added to the variance.
+    Args:    decay: share of the running statistics that an update keeps.  epsilon: added to the variance.  start: the scale at first.
     Source:  Ioffe and Szegedy 2015.
     """
 
     decay: float = 0.9
     epsilon: float = 1e-5
+    start: float = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ... c"], *, mask: Bool[Array, "b ..."] | None = None, train: bool) -> Float[Array, "b ... c"]:
@@ -81,7 +84,7 @@ class BatchNorm(nn.Module):
             running_mean.value = keep * running_mean.value + (1.0 - keep) * mean
             running_variance.value = keep * running_variance.value + (1.0 - keep) * unbiased
         y = (full - _wide(mean, x.ndim)) * _wide(jax.lax.rsqrt(variance + self.epsilon), x.ndim)
-        return _affine(self, y, bias=True).astype(x.dtype)
+        return _affine(self, y, bias=True, start=self.start).astype(x.dtype)
 
 
 def check_norm(name: str | None) -> None:
@@ -117,6 +120,29 @@ def normalize(
     return RMSNorm(name=name)(x, taps) if kind == "rms" else LayerNorm(bias=bias, name=name)(x, taps)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def standardized(x: Float[Array, "*b d"], epsilon: float) -> Float[Array, "*b d"]:
+    """(x - mean) / sqrt(variance + epsilon) over the last axis.
+
+    With y the result and r the factor, the gradient is r (g - mean(g) - y mean(g y)): said by hand it needs y and r alone, where derived
+    line by line it keeps and reads more: on CPU 4 % of a small GPT's whole step.
+    """
+    return _standardized(x, epsilon)[0]
+
+
+@standardized.defjvp  # type: ignore[arg-type]  # its stub does not know of arguments that are not differentiated
+def _standardized_tangent(epsilon, primals, tangents):
+    y, factor = _standardized(primals[0], epsilon)
+    slope = tangents[0] * factor
+    return y, slope - slope.mean(-1, keepdims=True) - y * (y * slope).mean(-1, keepdims=True)
+
+
+def _standardized(x, epsilon):
+    centred = x - x.mean(-1, keepdims=True)
+    factor = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+    return centred * factor, factor
+
+
 def _moments(x, mask):
     """(mean, variance, number of valid entries) of each channel over the global batch."""
     keep = jnp.ones(x.shape[:1], bool) if mask is None else mask
@@ -134,9 +160,9 @@ def _factor(module, taps, square):
     return tap(module, {} if taps is None else taps, "factor", jax.lax.rsqrt(square + module.epsilon))
 
 
-def _affine(module, x, bias):
+def _affine(module, x, bias, start=1.0):
     """x times a learned scale, plus a learned bias: parameters of the module that calls."""
-    y = x * _wide(module.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32), x.ndim)
+    y = x * _wide(module.param("scale", nn.initializers.constant(start), x.shape[-1:], jnp.float32), x.ndim)
     return y + _wide(module.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32), x.ndim) if bias else y
 
 

@@ -4,6 +4,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from research.core.axis import layerless
+from research.core.tree import STACKED
 
 
 def tap(module: nn.Module, taps: dict[str, Any], name: str, x: Any) -> Any:
@@ -11,7 +15,8 @@ def tap(module: nn.Module, taps: dict[str, Any], name: str, x: Any) -> Any:
 
     An edit is a pair (mask, value), which replaces x where the mask is True, or an array that is added (zeros, to differentiate). Edits come
     in as the variable collection `edits`, an argument of the compiled program, so reading, patching, ablating and differentiating share
-    one program. An unused tap costs nothing under jit.
+    one program. An unused tap costs nothing under jit. Inside a block the value carries its name in the block, `mlp/hidden`, by which a
+    rematerialisation policy can keep it.
 
     Args:    module: the caller, bound.  taps: where to record; a parent merges what its children return.  name: one word.
     Returns: x, or its edited value; this is what is recorded.
@@ -22,7 +27,11 @@ def tap(module: nn.Module, taps: dict[str, Any], name: str, x: Any) -> Any:
         x = jnp.where(mask, jnp.asarray(value, x.dtype), x)
     elif edit is not None:
         x = x + jnp.asarray(edit, x.dtype)
-    taps["/".join((*module.path, name))] = x
+    path = "/".join((*module.path, name))
+    _, inside, own = layerless(path).rpartition(f"{STACKED}/")
+    if inside:
+        x = checkpoint_name(x, own)
+    taps[path] = x
     return x
 
 

@@ -14,6 +14,11 @@ from research.layers.mlp import FeedForward
 from research.layers.norm import normalize
 from research.layers.tap import tap
 
+TAPS = (  # of a block: what a rematerialisation policy can keep by name
+    *("attention_norm/factor", "attention/query", "attention/key", "attention/value", "attention/weights", "attention/heads"),
+    *("middle", "mlp_norm/factor", "mlp/hidden", "output"),
+)
+
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on what is added; without the latter where hidden is 0.
@@ -21,7 +26,7 @@ class Block(nn.Module):
     Args:    heads, kv_heads, head_width, rotary: as `Attention` takes them.  hidden, activation: as `FeedForward` takes them.
              norm: "layer" or "rms".  bias: whether projections and norms have one.  dropout: rate; None: read from hyper.
              scale: standard deviation of the initial kernels.  out_scale: that of the two projections whose outputs are added.
-             dtype: compute type.
+             dtype: compute type.  attention: the form of the computation, as `causal_attention` takes it.
     Source:  Radford et al. 2019 (norm before, not after).
     """
 
@@ -37,6 +42,7 @@ class Block(nn.Module):
     scale: float = 0.02
     out_scale: float = 0.02
     dtype: str = "float32"
+    attention: str = "auto"
 
     @nn.compact
     def __call__(
@@ -45,7 +51,7 @@ class Block(nn.Module):
         """(the residual stream after this block, taps: those of attention, mlp and the norms, middle, output)."""
         taps: dict[str, Any] = {}
         shared = {"bias": self.bias, "scale": self.scale, "out_scale": self.out_scale, "dtype": self.dtype}
-        attention = Attention(self.heads, self.kv_heads, self.head_width, self.rotary, **shared, name="attention")
+        attention = Attention(self.heads, self.kv_heads, self.head_width, self.rotary, **shared, attention=self.attention, name="attention")
         drop = functools.partial(_drop, rate=self.dropout, index=index, hyper=hyper, train=train)
 
         added, inner = attention(normalize(self.norm, "attention_norm", x, bias=self.bias, taps=taps), positions)

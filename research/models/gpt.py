@@ -8,23 +8,27 @@ Experiment: shakespeare_char_cpu, quickstart.
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from research.core.axis import constrain
 from research.core.errors import ConfigError
 from research.core.tree import STACKED, UNSTACKED, unstack
-from research.core.types import Hyper
+from research.core.types import Hyper, Tree
 from research.layers.activation import ACTIVATIONS
 from research.layers.arguments import one_of, per_block
+from research.layers.causal import FORMS
 from research.layers.dropout import Dropout
 from research.layers.embedding import POSITIONS, Embedding, sinusoidal
 from research.layers.norm import normalize
 from research.layers.projection import Projection
 from research.layers.tap import tap
-from research.layers.transformer import Block
+from research.layers.transformer import TAPS, Block
 
 SCALE = 0.02  # standard deviation of the initial kernels; divided by sqrt(2 depth) where a projection's output is added to the residual stream
+
+REMAT = ("none", "full", "dots")
 
 
 class GPT(nn.Module):
@@ -41,7 +45,10 @@ class GPT(nn.Module):
              positions: "learned", "sinusoidal" or "rotary".  activation: a name that `activation` knows, or "swiglu".
              norm: "layer" or "rms".  bias: whether projections and layer norms have one.  tied: whether the head is the token embedding.
              dropout: rate; None: read from hyper.  scan: compile one block and scan over all; their parameters are then stacked.
-             remat: recompute a block's intermediates in the backward pass instead of keeping them.  dtype: compute type.
+             remat: what the backward pass finds of a block. "none": all that it needs was kept.  "full": the block's input; the rest is computed
+             again.  "dots": the results of projections.  Names of taps inside a block, as ("middle", "mlp/hidden"): these.
+             attention: "auto", "reference", "blockwise", "cudnn" or "splash": the form of the computation, as `causal_attention` takes it.
+             dtype: compute type.
     Raises:  ValueError: sizes that do not fit each other, or an unknown name.
     """
 
@@ -60,7 +67,8 @@ class GPT(nn.Module):
     tied: bool = True
     dropout: float | None = 0.0
     scan: bool = False
-    remat: bool = False
+    remat: str | tuple[str, ...] = "none"
+    attention: str = "auto"
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -120,6 +128,11 @@ class GPT(nn.Module):
         return {"heads": tuple(size["heads"] for size in sizes), **hidden, "head_width": sizes[0]["head_width"]}
 
     @nn.nowrap
+    def head(self, params: Tree) -> Float[Array, "d v"]:
+        """The matrix that turns the tap `normalized` into logits, picked from the parameters."""
+        return params["token"]["embedding"].T if self.tied else params["head"]["kernel"]
+
+    @nn.nowrap
     def empty_cache(self, rows: int, length: int) -> dict[str, Any]:
         """The collection `cache` before any token: keys and values of each block, and how many positions each row holds.
 
@@ -164,8 +177,8 @@ class GPT(nn.Module):
         def run(block, x):
             return block(x, positions, **how)
 
-        if self.remat:
-            run = nn.remat(run, prevent_cse=not self.scan)
+        if self.remat != "none":
+            run = nn.remat(run, prevent_cse=not self.scan, policy=_policy(self.remat))
         if self.scan:
             axes: dict[Any, int] = {"params": 0, "edits": 0, "cache": 1}
             scanned = nn.scan(lambda block, x, _: run(block, x), variable_axes=axes, split_rngs={"params": True, "dropout": True}, length=self.depth)
@@ -187,6 +200,7 @@ class GPT(nn.Module):
             scale=SCALE,
             out_scale=SCALE / (2 * self.depth) ** 0.5,
             dtype=self.dtype,
+            attention=self.attention,
             name=name,
         )
 
@@ -211,6 +225,13 @@ def _sizes(model: GPT) -> list[dict[str, int]]:
     return [dict(zip(names, (*sizes, head_width), strict=True)) for sizes in zip(heads, kv_heads, hidden, strict=True)]
 
 
+def _policy(remat):
+    """Which intermediates of a block are kept, as `jax.checkpoint` asks; None: none."""
+    if isinstance(remat, str):
+        return {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[remat]
+    return jax.checkpoint_policies.save_only_these_names(*remat)
+
+
 def _uniform(model: GPT) -> bool:
     sizes = _sizes(model)
     return all(size == sizes[0] for size in sizes)
@@ -220,6 +241,12 @@ def _check(model: GPT) -> None:
     sizes = _sizes(model)
     one_of(model.positions, POSITIONS, "positions")
     one_of(model.norm, ("layer", "rms"), "norm")
+    one_of(model.attention, FORMS, "attention")
+    if isinstance(model.remat, str):
+        one_of(model.remat, REMAT, "remat")
+    else:
+        for name in model.remat:
+            one_of(name, TAPS, "remat")
     one_of(model.activation, (*ACTIVATIONS, "swiglu"), "activation")
     if model.positions == "rotary" and sizes[0]["head_width"] % 2:
         raise ValueError(f"rotary positions need an even head_width, found {sizes[0]['head_width']}")

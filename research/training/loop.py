@@ -76,7 +76,7 @@ class Settings:
             if epochs is not None and (steps := epochs * batches) % self.chunk:
                 near = min((n for n in range(1, steps + 1) if steps % n == 0), key=lambda n: abs(n - self.chunk))
                 raise ConfigError(
-                    f"train.{name}={getattr(self, name)}: that is {steps} steps of {batches} an epoch, which train.chunk={self.chunk} does not divide; "
+                    f"train.{name}={getattr(self, name)}: {steps} steps, {batches} an epoch, which train.chunk={self.chunk} does not divide; "
                     f"the nearest that does is train.chunk={near}"
                 )
         steps = self.steps if self.steps is not None else (self.epochs or 0) * batches
@@ -156,11 +156,13 @@ class Loop:
         self._watch: stability.Watch | None = None
         live, frozen, chunk = self.parallel.place(state), self.parallel.hold(frozen), settings.chunk
         settings.check_start(start)
+        train: Callable[..., tuple[State, Metrics]]
+        fetched: Iterator[tuple[Any, ...]]
         if chunk == 1:
             train, fetched = self.parallel.train(self.step), ((batch,) for batch in self.batches.iterate(at, stop, self.parallel.put))
         else:
             train, fetched = self.parallel.train_chunk(self.step), self.batches.chunks(at, stop, chunk)
-        self._kinds: dict[str, Any] = {}
+        self._kinds: dict[str, Any] = {}  # of what the step is given
         ended = self._out_of_patience() if start else None  # the run may have been killed between its last checkpoint and its result
         with self.interrupt.listening(patient=True) as interrupt:
             while True:

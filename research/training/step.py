@@ -17,7 +17,7 @@ from research.training.optimizer import Optimizer
 from research.training.schedule import Schedule
 
 Metrics = dict[str, tuple[Array, Array]]
-Picks = Mapping[str, Array]  # the examples of a batch by number, "index" [b], and which of them count, "keep" [b]; of a chunk [k b]
+Picks = Mapping[str, Any]  # the examples of a batch by number, "index" [b], and which of them count, "keep" [b]; of a chunk [k b]
 
 
 @dataclasses.dataclass(frozen=True)

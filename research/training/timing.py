@@ -3,16 +3,17 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import jax
 
 from research.core.tree import count
-from research.core.types import Tree
+from research.core.types import State, Tree
 from research.training.assembly import Assembly
 from research.training.clock import Clock
 from research.training.loop import Batches
+from research.training.step import Metrics
 
 Block: TypeAlias = list[tuple[float, float]]  # of each step: its seconds, and those of them spent waiting for its batch
 
@@ -31,6 +32,7 @@ class Timer:
             self.parameters = count(state.params)
             self._state, parallel, self._chunk = assembly.parallel.place(state), assembly.parallel, assembly.settings.chunk
         self._batches: Iterator[tuple[Any, ...]]
+        self._train: Callable[..., tuple[State, Metrics]]
         if self._chunk == 1:
             self._train, self._batches = parallel.train(assembly.step), ((batch,) for batch in batches.iterate(0, steps, parallel.put))
         else:

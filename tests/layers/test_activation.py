@@ -32,3 +32,13 @@ def test_exact_gelu_is_x_times_the_normal_distribution_function():
 def test_a_typo_names_the_nearest():
     with pytest.raises(ValueError, match="'rellu' is unknown; did you mean 'relu'"):
         activation("rellu")
+
+
+def test_the_slope_of_gelu_by_hand_is_that_of_jax():
+    def gradients(function):
+        slope = jax.grad(lambda x: jnp.sin(function(x)).sum())
+        x = jnp.asarray(X)
+        return slope(x), jax.grad(lambda x: jnp.square(slope(x)).sum())(x), jax.jvp(function, (x,), (jnp.cos(x),))
+
+    got, want = jax.jit(lambda: (gradients(activation("gelu_tanh")), gradients(jax.nn.gelu)))()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)

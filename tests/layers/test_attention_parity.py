@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from research.layers.attention import blockwise_attention
+from research.layers.causal import blockwise_attention
 
 
 @pytest.mark.parametrize(("h", "g", "t"), [(4, 4, 9), (4, 2, 70), (6, 1, 64)])

@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 
 from research.core.axis import device_axis
-from research.layers.norm import BatchNorm, LayerNorm, RMSNorm, check_norm
+from research.layers.norm import BatchNorm, LayerNorm, RMSNorm, check_norm, standardized
 
 X = jnp.asarray(np.random.RandomState(0).randn(8, 3, 5) * 3 + 1, jnp.float32)
 MASK = jnp.array([True, True, False, True, False, True, True, True])
@@ -69,6 +69,19 @@ def test_a_large_mean_does_not_drown_the_variance(variables):
 def test_gradient(norm):
     variables = jax.jit(norm.init)(jax.random.key(0), X)
     check_grads(jax.jit(lambda x: norm.apply(variables, x)), (X,), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+
+
+def test_its_gradient_by_hand_is_that_of_the_formula():
+    def formula(x):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+
+    def gradients(function):
+        slope = jax.grad(lambda x: jnp.sin(function(x)).sum())
+        return slope(X), jax.grad(lambda x: jnp.square(slope(x)).sum())(X), jax.jvp(function, (X,), (jnp.cos(X),))
+
+    got, want = jax.jit(lambda: (gradients(lambda x: standardized(x, 1e-5)), gradients(formula)))()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), got, want)
 
 
 @pytest.mark.parametrize("norm", [LayerNorm(), RMSNorm()])

@@ -18,7 +18,11 @@ def configured():
     """configured("mlp", width=8): the model of conf/model/mlp.yaml with these changes."""
 
     def model(name, **changes):
-        node = OmegaConf.merge(OmegaConf.load(Path(__file__).parents[2] / "conf" / "model" / f"{name}.yaml"), changes)
+        folder = Path(__file__).parents[2] / "conf" / "model"
+        node = OmegaConf.load(folder / f"{name}.yaml")
+        for base in node.pop("defaults", []):
+            node = OmegaConf.merge(OmegaConf.load(folder / f"{base}.yaml"), node)
+        node = OmegaConf.merge(node, changes)
         config = OmegaConf.create({"data": {"spec": SPEC}, "train": {"precision": "float32"}, "model": node})
         return build(config.model, where="model")
 

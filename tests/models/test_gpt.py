@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.ad_checkpoint import saved_residuals  # what jax.ad_checkpoint.print_saved_residuals prints
 
 from research.core.errors import ConfigError
 from research.core.tree import count, paths, stack, unstack
@@ -26,8 +27,8 @@ init = functools.partial(jax.jit, static_argnums=0)(lambda module, tokens: modul
         {"hidden": [0, 7]},
         {"dropout": None},
         {"scan": True},
-        {"scan": True, "remat": True},
-        {"remat": True},
+        {"scan": True, "remat": "full"},
+        {"remat": "full"},
         {"dtype": "bfloat16"},
         {"dtype": "bfloat16", "scan": True, **LLAMA},
     ],
@@ -43,6 +44,15 @@ def test_shapes_of_every_option(configured, tokens, changes):
 
 def test_parameter_count_is_that_of_the_docstring():
     assert count(jax.eval_shape(GPT(65, 64).init, jax.random.key(0), jnp.zeros((1, 64), jnp.int32))) == 809_856
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("gpt2_124m", 124_439_808), ("gpt2_350m", 354_823_168), ("gpt_1b3", 1_315_723_264), ("gpt3_175b", 174_604_259_328)],
+)
+def test_parameter_counts_of_published_sizes(configured, name, parameters):
+    module = configured(name, vocabulary=50257, time=1024 if name.startswith("gpt2") else 2048)
+    assert count(jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))) == parameters
 
 
 def test_canonical_paths(configured, tokens):
@@ -86,14 +96,41 @@ def test_scanned_equals_unscanned(configured, filled, tokens, run, changes):
     assert taps["blocks/output"].shape == (2, 3, 10, 16)
 
 
-def test_scan_and_remat_change_no_gradient(configured, filled, tokens):
-    def gradient(**changes):
-        module = configured("gpt", **SMALL, **changes)
-        return jax.jit(jax.grad(lambda params: jnp.square(module.apply({"params": params}, jnp.asarray(tokens))[0]).mean()))
+def gradient(module, params, tokens):
+    hyper, index = {"dropout": jnp.float32(0.5)}, jnp.arange(len(tokens), dtype=jnp.int32)
+    how = {"index": index, "hyper": hyper, "train": True, "rngs": {"dropout": jax.random.key(7)}}
+    return jax.jit(jax.grad(lambda params: jnp.square(module.apply({"params": params}, jnp.asarray(tokens), **how)[0]).mean()))(params)
 
+
+@pytest.mark.parametrize("remat", ["full", "dots", ["middle", "mlp/hidden"]], ids=str)
+def test_remat_changes_no_gradient(configured, filled, tokens, remat):
     params = filled(configured("gpt", **SMALL), tokens)["params"]
-    got = jax.tree.map(np.asarray, gradient(remat=True, scan=True)(jax.jit(stack)(params)))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), unstack(got), gradient()(params))
+    want = gradient(configured("gpt", **SMALL, dropout=None), params, tokens)
+    got = gradient(configured("gpt", **SMALL, dropout=None, remat=remat), params, tokens)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), got, want)
+
+
+def test_scan_and_remat_change_no_gradient(configured, filled, tokens):
+    params = jax.jit(stack)(filled(configured("gpt", **SMALL), tokens)["params"])
+    want = gradient(configured("gpt", **SMALL, dropout=None, scan=True), params, tokens)
+    got = gradient(configured("gpt", **SMALL, dropout=None, scan=True, remat=["mlp/hidden"]), params, tokens)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_remat_keeps_what_it_says(configured, filled, tokens, scan):
+    def kept(remat):
+        """Shapes of what the backward pass is given from inside blocks, one block's worth, without parameters and inputs."""
+        module = configured("gpt", **SMALL, hidden=24, scan=scan, remat=remat)
+        params = jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
+        found = saved_residuals(lambda params: module.apply({"params": params}, jnp.asarray(tokens))[0].sum(), params)
+        return [aval.shape for aval, source in found if "argument" not in source and aval.shape[-1:] == (24,)]  # of the 24 hidden units
+
+    everything, none, one, other = kept("none"), kept("full"), kept(["mlp/hidden"]), kept(["middle"])
+    assert len(everything) > len(one)
+    assert len(one) == (1 if scan else 2)  # one a block, stacked in a scan
+    assert none == other == []
+    assert len(kept("dots")) == len(one)  # what goes into the activation, where the name keeps what comes out
 
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary"])
@@ -149,12 +186,37 @@ def test_bfloat16_is_near_float32(configured, filled, tokens, run):
         ({"positions": "rotary", "head_width": 3}, "even head_width"),
         ({"positions": "sinusoidal", "width": 15, "head_width": 4}, "even width"),
         ({"norm": "batch"}, "norm='batch' is unknown"),
+        ({"attention": "blokwise"}, "did you mean 'blockwise'"),
+        ({"remat": "ful"}, "remat='ful' is unknown; did you mean 'full'"),
+        ({"remat": ["mlp/hiden"]}, "did you mean 'mlp/hidden'"),
         ({"activation": "swigl"}, "did you mean 'swiglu'"),
     ],
 )
 def test_a_mistake_is_named(configured, changes, message):
     with pytest.raises(ConfigError, match=message):
         configured("gpt", **(SMALL | changes))
+
+
+@pytest.mark.parametrize("changes", [{}, LLAMA], ids=["gpt", "llama"])
+def test_its_head_turns_the_normalized_stream_into_logits(configured, filled, tokens, run, changes):
+    module = configured("gpt", **SMALL, **changes)
+    variables = filled(module, tokens)
+    logits, taps = run(module, variables, tokens)
+    np.testing.assert_allclose(
+        np.asarray(taps["normalized"]) @ np.asarray(module.head(jax.tree.map(jnp.asarray, variables["params"]))), logits, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("attention", ["reference", "blockwise"])
+def test_the_form_of_attention_changes_no_logits(configured, filled, tokens, run, attention):
+    variables = filled(configured("gpt", **SMALL), tokens)
+    want, got = (run(configured("gpt", **SMALL, attention=form), variables, tokens)[0] for form in ("auto", attention))
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_a_form_that_is_not_there_is_refused(configured, tokens):
+    with pytest.raises(ConfigError, match=r"model.attention=cudnn: it needs an NVIDIA GPU"):
+        jax.eval_shape(configured("gpt", **SMALL, attention="cudnn").init, jax.random.key(0), tokens)
 
 
 def test_more_tokens_than_positions_are_refused(configured):

@@ -12,6 +12,8 @@ CASES = {
     "perceptron": ({}, []),
     "mlp": ({"width": 6, "activation": "gelu"}, ["hidden_0", "hidden_1"]),
     "cnn": ({"channels": [4, 4], "pool": [2, 1], "hidden": [8], "activation": "gelu"}, ["maps_0", "maps_1", "hidden_0"]),
+    "resnet18": ({"blocks": [1], "channels": [4], "activation": "gelu"}, ["maps", "block_0/hidden", "block_0/output", "pooled"]),
+    "lstm": ({"width": 8}, ["hidden_0", "hidden_1"]),
     "gpt": ({"width": 16, "depth": 1, "kv_heads": 2}, [*(f"block_0/{name}" for name in BLOCK), "normalized"]),
 }
 
@@ -21,7 +23,7 @@ def family(request, configured, filled, image, tokens):
     """(read(x, edits) -> (logits, taps), inner taps, two inputs); all edits of a family share one program."""
     changes, inner = CASES[request.param]
     module = configured(request.param, **changes)
-    x = tokens if request.param == "gpt" else image
+    x = tokens if request.param in ("gpt", "lstm") else image
     variables = filled(module, x)
     shapes = jax.eval_shape(module.apply, variables, x)[1]
     unedited = {name: (np.zeros(shapes[name].shape, bool), np.zeros(shapes[name].shape, np.float32)) for name in ("input", *inner)}

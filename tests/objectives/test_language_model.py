@@ -6,7 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.core.errors import ConfigError
 from research.core.tree import map_paths, stack
+from research.models.gpt import GPT
+from research.objectives.language_model import LanguageModel
 
 MODEL = {"width": 8, "depth": 2, "heads": 2}
 LLAMA = {"positions": "rotary", "norm": "rms", "activation": "swiglu", "kv_heads": 1, "tied": False}
@@ -72,6 +75,41 @@ def test_a_model_without_a_cache_has_no_decoder(configured):
     assert configured("language_model", "perceptron").decoder() is None
 
 
+@pytest.mark.parametrize(("chunk", "model"), [(3, {}), (4, {"tied": False, "scan": True, "norm": "rms"})])
+def test_in_chunks_the_sums_and_gradients_are_the_same(configured, text, chunk, model):
+    def loss(objective):
+        def of(params):
+            tally = call(objective, params, text, {})
+            return tally.terms["cross_entropy"] + tally.terms["z_loss"], tally
+
+        return jax.jit(jax.value_and_grad(of, has_aux=True))
+
+    plain = configured("language_model", "gpt", MODEL | model, z_loss=1e-2)
+    chunked = configured("language_model", "gpt", MODEL | model, z_loss=1e-2, chunk=chunk)
+    params = filled(plain, text)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), loss(chunked)(params), loss(plain)(params))
+
+
+def test_in_chunks_no_logits_of_all_positions_are_kept():
+    text = {name: jax.ShapeDtypeStruct((4, 64), dtype) for name, dtype in (("tokens", jnp.int32), ("target", jnp.int32), ("mask", bool))}
+    logits = 4 * 4 * 64 * 2000  # bytes
+
+    def temporary(chunk):
+        objective = LanguageModel(GPT(2000, 64, width=8, depth=1, heads=1), chunk=chunk)
+        params, _ = jax.eval_shape(objective.init, jax.random.key(0), text)
+        loss = jax.grad(lambda params, batch: call(objective, params, batch, {}).terms["cross_entropy"])
+        return jax.jit(loss).lower(params, text).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(8) < logits < temporary(None)
+
+
+def test_chunks_that_cannot_be_are_refused(configured):
+    with pytest.raises(ConfigError, match=r"objective.chunk=0: must be a number of positions from 1 on"):
+        configured("language_model", "gpt", MODEL, chunk=0)
+    with pytest.raises(ConfigError, match=r"objective.chunk=8: Perceptron has no head"):
+        configured("language_model", "perceptron", chunk=8)
+
+
 LENGTHS = np.array([3, 8, 1, 5], np.int32)
 
 
@@ -87,7 +125,7 @@ def advance(objective, params, cache, tokens):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, LLAMA, {"positions": "sinusoidal", "scan": True, "remat": True}, {**LLAMA, "scan": True}, {"heads": [1, 3], "head_width": 4}],
+    [{}, LLAMA, {"positions": "sinusoidal", "scan": True, "remat": "full"}, {**LLAMA, "scan": True}, {"heads": [1, 3], "head_width": 4}],
     ids=["learned", "rotary", "sinusoidal scanned", "rotary scanned", "uneven"],
 )
 def test_decoding_equals_the_full_forward_pass(configured, text, changes):

@@ -2,6 +2,7 @@
 
     python tests/peers/gpt_torch.py --width 128 --depth 4 --heads 4 --time 64 --vocabulary 65 --batch 12 --clip 1 < /dev/null
 
+On an NVIDIA GPU: --device cuda --dtype bfloat16; parameters stay float32, matrix products are cast.
 Random tokens, the same in every step: reading data is not timed.
 """
 
@@ -63,10 +64,13 @@ def main():
     for name in ("clip", "ema"):
         parser.add_argument(f"--{name}", type=float)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
     torch.manual_seed(0)
-    model = GPT(args.vocabulary, args.time, args.width, args.depth, args.heads)
-    text = torch.randint(args.vocabulary, (args.batch, args.time + 1))
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as XLA does; nothing on CPU
+    model = GPT(args.vocabulary, args.time, args.width, args.depth, args.heads).to(args.device)
+    text = torch.randint(args.vocabulary, (args.batch, args.time + 1), device=args.device)
     tokens, target = text[:, :-1].contiguous(), text[:, 1:].contiguous()
     kernels, scales = ([p for p in model.parameters() if (p.ndim > 1) is wanted] for wanted in (True, False))
     groups = [{"params": kernels, "weight_decay": 0.1}, {"params": scales, "weight_decay": 0.0}]
@@ -76,7 +80,8 @@ def main():
 
     def stepper(loss_of):
         def step() -> float:
-            loss = loss_of(tokens, target)
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                loss = loss_of(tokens, target)
             loss.backward()
             if args.clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), args.clip)

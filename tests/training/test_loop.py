@@ -23,6 +23,8 @@ from research.training.clock import Clock
 from research.training.loop import CompiledAnew, Diverged, Loop, Settings, new_host
 from research.training.parallel import Jit, create
 
+JIT = Jit()
+
 
 class Repeated:
     """A few batches over and over; those of the steps in `bad` hold a NaN."""
@@ -47,7 +49,7 @@ class Repeated:
 def run(make_step, batches, tmp_path):
     """run(scores, bad, **settings): how 20 steps end whose evaluations give these scores, and the calls that the loop made."""
 
-    def call(scores=(), bad=(), batches=batches, folder=tmp_path, parallel=Jit(), start=0, **settings):
+    def call(scores=(), bad=(), batches=batches, folder=tmp_path, parallel=JIT, start=0, **settings):
         step, batches = make_step(), Repeated(batches, bad) if isinstance(batches, list) else batches
         settings = Settings(**{"steps": 20, "log_every": 5, "eval_every": 5, "monitor": "validation/loss" if scores else "train/loss", **settings})
         given, seen = itertools.chain(scores, itertools.repeat({})), []
@@ -113,8 +115,11 @@ def test_epochs_become_steps():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": None, "epochs": 3}, "train.epochs=3: that is 69 steps of 23 an epoch, which train.chunk=10 does not divide; the nearest that does is train.chunk=3"),
-        ({"eval_every": "epoch"}, "train.eval_every=epoch: that is 23 steps of 23 an epoch, .* the nearest that does is train.chunk=1$"),
+        (
+            {"steps": None, "epochs": 3},
+            "train.epochs=3: 69 steps, 23 an epoch, which train.chunk=10 does not divide; the nearest that does is train.chunk=3",
+        ),
+        ({"eval_every": "epoch"}, "train.eval_every=epoch: 23 steps, 23 an epoch, .* the nearest that does is train.chunk=1$"),
     ],
 )
 def test_epochs_that_are_no_whole_number_of_chunks(settings, message):
@@ -156,7 +161,7 @@ def test_a_chunk_that_diverges_names_its_steps(run, tmp_path, examples):
 
 
 def test_no_run_goes_on_from_inside_a_chunk(run, examples):
-    with pytest.raises(ConfigError, match="train.chunk=5 does not divide 3, the step to go on from; use train.chunk=1, or another checkpoint"):
+    with pytest.raises(ConfigError, match=r"train.chunk=5 does not divide 3, the step to go on from; use train.chunk=1, or another checkpoint"):
         run(batches=Loader(place(examples, 5), 16), chunk=5, start=3)
 
 
@@ -182,7 +187,7 @@ def test_another_type_is_told_too(run, batches):
         def __getitem__(self, step):
             return {**(batch := super().__getitem__(step)), "label": batch["label"].astype(np.int8 if step > 5 else np.int32)}
 
-    with pytest.raises(CompiledAnew, match="step 7 compiled anew: label int32 -> int8$"):  # in a test a warning is an error
+    with pytest.raises(CompiledAnew, match=r"step 7 compiled anew: label int32 -> int8$"):  # in a test a warning is an error
         run(batches=Wider(batches))
 
 

@@ -13,10 +13,13 @@ from research.core.tree import sha256
 from research.core.types import Tally
 from research.data.dataset import Arrays
 from research.data.loader import Loader
-from research.data.on_device import place
+from research.data.on_device import Rows, place
 from research.data.preprocess import Preprocessor
 from research.data.text import Windows
+from research.models.cnn import CNN
 from research.models.gpt import GPT
+from research.models.mlp import MLP
+from research.objectives.classify import Classify
 from research.objectives.language_model import LanguageModel
 from research.training import parallel
 from research.training.optimizer import Optimizer
@@ -82,7 +85,7 @@ def gpt_step():
     return Step(LanguageModel(model), Optimizer(optax.adamw, (("weight_decay", 0.01),), clip=1.0), Cosine(warmup=2), steps=40)
 
 
-@pytest.mark.parametrize("kind", ["table", "windows", "accumulated"])
+@pytest.mark.parametrize("kind", ["table", pytest.param("windows", marks=pytest.mark.slow), "accumulated"])
 def test_chunks_see_the_bits_of_single_steps_and_give_their_losses(make_step, gpt_step, request, kind):
     step = gpt_step if kind == "windows" else dataclasses.replace(make_step(norm="batch"), accumulate=1 + (kind == "accumulated"))
     source = request.getfixturevalue("windows" if kind == "windows" else "table")
@@ -110,6 +113,61 @@ def test_chunks_see_the_bits_of_single_steps_and_give_their_losses(make_step, gp
         assert int(state.step) == len(stacked) == 40
     assert np.abs(losses[1] - losses[8]).max() < 1e-5
     assert np.ptp(losses[1]) > 0.1
+
+
+def test_a_donated_state_is_used_again(make_step, batches):
+    """Nothing of the state is held twice: all its bytes are the outputs' own, for single steps and for chunks."""
+    step, jit = make_step(norm="batch"), parallel.Jit()
+    held = Rows({name: batches[0][name] for name in ("features", "label", "mask")})
+    picks = {"index": np.zeros((2, 16), np.int32), "keep": np.ones((2, 16), bool)}
+    for program, train, fed in ((parallel._jit_train, jit.train, (batches[0],)), (parallel._jit_chunk, jit.train_chunk, (held, picks))):
+        state = parallel.create(step, jax.random.key(0), batches[0], {"learning_rate": 1e-2})
+        size = sum(jax.random.key_data(x).nbytes if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.nbytes for x in jax.tree.leaves(state))
+        assert program.lower(step, state, None, *fed).compile().memory_analysis().alias_size_in_bytes == size
+        after, _ = train(step)(state, None, *fed)
+        assert all(x.is_deleted() for x in jax.tree.leaves(state))
+        assert not any(x.is_deleted() for x in jax.tree.leaves(after))
+
+
+def test_pmap_knows_no_chunks_and_says_so(make_step):
+    with pytest.raises(ConfigError, match=r"train.chunk: parallel=pmap takes single steps; use train.chunk=1, or parallel=jit"):
+        parallel.Pmap(devices=1).train_chunk(make_step())
+
+
+@pytest.mark.parametrize("kind", ["mlp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("cnn", "gpt"))])
+def test_bfloat16_follows_float32_and_keeps_32_bits_in_all_that_stays(kind):
+    random = np.random.default_rng(2)
+    shape = {"mlp": (12,), "cnn": (8, 8, 1), "gpt": (8,)}[kind]
+    model = {
+        "mlp": MLP(outputs=3, width=16, depth=2, norm="layer"),
+        "cnn": CNN(outputs=3, channels=(4, 8), pool=2, hidden=(8,), norm="batch", padding="SAME"),
+        "gpt": GPT(vocabulary=11, time=8, width=16, depth=1, heads=2),
+    }[kind]
+    batches = []
+    for i in range(4):
+        batch = {"mask": np.ones(16, bool), "index": np.arange(16, dtype=np.int32) + 16 * i}
+        if kind == "gpt":
+            tokens = (random.integers(0, 11, (16, 1)) + np.arange(9)) % 11
+            batch |= {"tokens": tokens[:, :-1].astype(np.int32), "target": tokens[:, 1:].astype(np.int32), "mask": np.ones((16, 8), bool)}
+        else:
+            label = random.integers(0, 3, 16).astype(np.int32)
+            inputs = random.normal(size=(16, *shape)) + label.reshape(-1, *[1] * len(shape))
+            batch |= {"features" if kind == "mlp" else "image": inputs.astype(np.float32), "label": label}
+        batches.append(batch)
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        objective = (LanguageModel if kind == "gpt" else Classify)(dataclasses.replace(model, dtype=dtype))
+        step = Step(objective, Optimizer(optax.adam), Cosine(), steps=40)
+        train, state = jax.jit(step), step.create(jax.random.key(0), batches[0], {"learning_rate": 1e-2})
+        losses[dtype] = []
+        for i in range(24):
+            state, metrics = train(state, None, batches[i % 4])
+            losses[dtype].append(means(jax.device_get(metrics))["loss"])
+        for leaf in jax.tree.leaves((state.params, state.extra, state.opt, metrics)):
+            assert not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype == jnp.float32
+    full, half = np.array(losses["float32"]), np.array(losses["bfloat16"])
+    assert full[-1] < 0.7 * full[0]
+    assert 0 < np.abs(full - half).max() < 0.05
 
 
 def test_a_non_finite_update_is_skipped_and_counted(make_step, batches, train):

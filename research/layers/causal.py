@@ -1,0 +1,148 @@
+"""Causal attention of given queries, keys and values: the plain formula, and the form that is fast on each platform."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+from jaxtyping import Array, Bool, Float
+
+from research.core.axis import layout
+from research.core.errors import ConfigError
+from research.layers.ring import MASKED, meshed_attention
+
+FORMS = ("auto", "reference", "blockwise", "cudnn", "splash")
+BLOCK = 64  # queries that share one span of keys on CPU, in texts of usual length; keys beyond the span are never multiplied
+SPANS = 16  # most spans: each is a piece of program of its own
+KEPT = 512  # up to so many positions the weights of every span are kept for the backward pass; beyond, they are computed again
+_TILE = 128  # lanes of a TPU: positions come in multiples of it
+
+
+def causal_attention(
+    query: Float[Array, "b h t k"], key: Float[Array, "b g t k"], value: Float[Array, "b g t k"], attention: str = "auto"
+) -> Float[Array, "b h t k"]:
+    """What each position reads from the positions up to its own: g divides h, and each key head serves h / g neighbouring query heads.
+
+    Args:    attention: "reference": the plain formula.  "blockwise": matrix products over spans of queries, fast on CPU.  "cudnn": a fused kernel
+             for NVIDIA GPUs.  "splash": a fused kernel for TPUs.  "auto": blockwise on CPU; on a GPU cudnn, on a TPU splash, where they can do
+             this type and head width, else `jax.nn.dot_product_attention`.
+    Raises:  ConfigError: a form that this platform, type or head width does not have.
+    """
+    platform = jax.default_backend()
+    reasons = _cudnn_reason(platform, query), _splash_reason(platform, query)
+    if attention == "auto":
+        fused = {"cpu": "blockwise", "gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(platform, "dot_product")
+        attention = "dot_product" if {"cudnn": reasons[0], "splash": reasons[1]}.get(fused) else fused
+    elif reason := {"cudnn": reasons[0], "splash": reasons[1]}.get(attention):
+        raise ConfigError(f"model.attention={attention}: {reason}; use auto, or blockwise")
+    form = _forms()[attention]
+    if (found := layout()) is not None:
+        return meshed_attention(found, form, query, key, value)
+    return form(query, key, value)
+
+
+def reference_attention(query: Float[Array, "b h t k"], key: Float[Array, "b g t k"], value: Float[Array, "b g t k"]) -> Float[Array, "b h t k"]:
+    """Causal attention by the plain formula, which keeps a matrix of t x t weights for each head."""
+    return weighted_values(attention_weights(query, key, jnp.tri(query.shape[2], dtype=bool)[None]), value)
+
+
+def blockwise_attention(query: Float[Array, "b h t k"], key: Float[Array, "b g t k"], value: Float[Array, "b g t k"]) -> Float[Array, "b h t k"]:
+    """Causal attention as matrix products over spans of queries that skip the keys after them: the form for CPU.
+
+    XLA's CPU code is fast with the scale on the query, an additive mask on the last keys alone, and the division after the product with the values.
+    Memory grows with b x t, not with t x t: beyond `KEPT` positions a span's weights are not kept, but computed again in the backward pass.
+    """
+    (b, h, t, k), g = query.shape, key.shape[1]
+    query = (query * k**-0.5).reshape(b, g, h // g, t, k)
+    size = span(t)
+    read = _span if t <= KEPT else jax.checkpoint(_span)
+    spans = [read(query[:, :, :, start : start + size], key[:, :, : start + size], value[:, :, : start + size]) for start in range(0, t, size)]
+    return jnp.concatenate(spans, axis=3).reshape(b, h, t, k)
+
+
+def span(time: int) -> int:
+    """Queries that share one span of keys in a text of this length: few, so that few masked keys are multiplied, but not more than `SPANS` spans."""
+    return BLOCK // 2 if time <= 2 * BLOCK else max(BLOCK, -(-time // (SPANS * BLOCK)) * BLOCK)
+
+
+def splash_attention(
+    query: Float[Array, "b h t k"], key: Float[Array, "b g t k"], value: Float[Array, "b g t k"], interpret: bool = False
+) -> Float[Array, "b h t k"]:
+    """Causal attention by the fused kernel for TPUs; texts are padded at the end to whole tiles, which changes nothing before.
+
+    Args:    interpret: run the kernel's program step by step, on any platform: for tests.
+    """
+    (_, h, t, k), padding = query.shape, -query.shape[2] % _TILE
+    query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (query * k**-0.5, key, value))
+    block = next(size for size in (512, 256, _TILE) if (t + padding) % size == 0)
+    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq")
+    sizes = splash.BlockSizes(**dict.fromkeys(names, block))  # type: ignore[arg-type]  # the other fields have defaults
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((t + padding, t + padding))] * h)
+    kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    return jnp.asarray(jax.vmap(kernel)(query, key, value))[:, :, :t]
+
+
+def attention_weights(query: Float[Array, "b h t k"], key: Float[Array, "b g s k"], mask: Bool[Array, "#b t s"]) -> Float[Array, "b h t s"]:
+    """softmax(query . key / sqrt(k)) over the keys where the mask is True, in float32: the plain formula."""
+    key = jnp.repeat(key, query.shape[1] // key.shape[1], axis=1)
+    scores = jnp.einsum("bhtk,bhsk->bhts", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    return jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED), axis=-1)
+
+
+def weighted_values(weights: Float[Array, "b h t s"], value: Float[Array, "b g s k"]) -> Float[Array, "b h t k"]:
+    """The values summed with these weights: the plain formula."""
+    value = jnp.repeat(value, weights.shape[1] // value.shape[1], axis=1)
+    return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value)
+
+
+def _span(query, key, value):
+    """What the last n positions of a text read: query b g h/g n k, key and value b g s k, where the queries are those of the last n keys."""
+    (b, g, shared, n, k), s = query.shape, key.shape[2]
+    rows = query.reshape(b, g, shared * n, k)  # one product serves all queries of a key head
+    causal = jnp.arange(s)[None] <= jnp.arange(s - n, s)[:, None]  # n s
+    mask = jnp.tile(jnp.where(causal, 0.0, MASKED), (shared, 1))[None, None]
+    scores = jnp.einsum("bgnk,bgsk->bgns", rows, key, preferred_element_type=jnp.float32) + mask
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    read = jnp.einsum("bgns,bgsk->bgnk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return (read / weights.sum(-1, keepdims=True)).astype(value.dtype).reshape(query.shape)
+
+
+def _dot_product(query, key, value, implementation=None):
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # b h t k -> b t h k
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=implementation).swapaxes(1, 2)
+
+
+def _forms() -> dict[str, Callable[..., Array]]:
+    return {
+        "reference": reference_attention,
+        "blockwise": blockwise_attention,
+        "dot_product": _dot_product,
+        "cudnn": functools.partial(_dot_product, implementation="cudnn"),
+        "splash": splash_attention,
+    }
+
+
+def _cudnn_reason(platform, query):
+    """Why cuDNN's kernel cannot do this; None where it can."""
+    if platform not in ("gpu", "cuda") or "cuda" not in jax.devices()[0].client.platform_version:
+        return f"it needs an NVIDIA GPU, and this program runs on {platform}"
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it needs train.precision=bfloat16, and this model computes in {query.dtype}"
+    generation = float(getattr(jax.devices()[0], "compute_capability", 0.0))
+    if generation < 8.0:
+        return f"it needs compute capability 8.0, and this GPU has {generation}"
+    widest = 256 if generation >= 9.0 else 128
+    if query.shape[-1] % 8 or query.shape[-1] > widest:
+        return f"it needs a head_width that is a multiple of 8 and at most {widest}, not {query.shape[-1]}"
+    return None
+
+
+def _splash_reason(platform, query):
+    """Why the kernel for TPUs cannot do this; None where it can."""
+    if platform != "tpu":
+        return f"it needs a TPU, and this program runs on {platform}"
+    if query.shape[-1] % 8:
+        return f"it needs a head_width that is a multiple of 8, not {query.shape[-1]}"
+    return None

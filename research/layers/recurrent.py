@@ -1,0 +1,137 @@
+"""Recurrent layers: what is read at each position depends on all positions before it, through a state of fixed size."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+class LSTM(nn.Module):
+    """Long short-term memory: cell' = forget x cell + input x tanh(candidate), hidden' = output x tanh(cell').
+
+    The product with x is one matrix product over all positions, outside the loop over time, and the gradients of the weights are one product
+    each after the backward loop. The four gates lie in one kernel in torch's order: input, forget, candidate, output. As in Keras, kernels
+    start Glorot-uniform and orthogonal, and biases zero but for the forget gate's, which start at one; torch adds two biases, here there is one.
+
+    Args:    width: of the state.  dtype: compute type; the cell is kept in float32.
+    Source:  Hochreiter and Schmidhuber 1997; Gers, Schmidhuber and Cummins 2000 (forget gate); Jozefowicz et al. 2015 (its bias).
+    """
+
+    width: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        *,
+        state: tuple[Float[Array, "b w"], Float[Array, "b w"]] | None = None,
+        mask: Bool[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t w"], Float[Array, "b t w"]]:
+        """(hidden, cell) after each position, the cell in float32.
+
+        Args:    state: (hidden, cell) before the first position; None: zeros.  mask: where False, the state goes on unchanged.
+        """
+        gates = nn.Dense(4 * self.width, dtype=self.dtype, kernel_init=nn.initializers.glorot_uniform(), bias_init=_bias, name="input")
+        recurrent = self.param("recurrent", nn.initializers.orthogonal(), (self.width, 4 * self.width), jnp.float32).astype(self.dtype)
+        given = gates(x.swapaxes(0, 1).astype(self.dtype))  # t b 4w: positions first, so that each is one piece of memory
+        if state is None:
+            state = (jnp.zeros((x.shape[0], self.width), given.dtype), jnp.zeros((x.shape[0], self.width), jnp.float32))
+        hidden, cell = lstm(given, recurrent, state[0].astype(given.dtype), state[1].astype(jnp.float32), None if mask is None else mask.T)
+        return hidden.swapaxes(0, 1), cell.swapaxes(0, 1)
+
+
+def lstm_reference(given, recurrent, hidden, cell, mask):
+    """`lstm` by its formula alone: what it is tested against."""
+
+    def step(state, at):
+        hidden, cell = state
+        given, keep = at
+        i, f, g, o = jnp.split((given + hidden @ recurrent).astype(jnp.float32), 4, -1)
+        new_cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+        new_hidden = (jax.nn.sigmoid(o) * jnp.tanh(new_cell)).astype(hidden.dtype)
+        state = _kept(keep, new_hidden, hidden), _kept(keep, new_cell, cell)
+        return state, state
+
+    return jax.lax.scan(step, (hidden, cell), (given, mask))[1]
+
+
+@jax.custom_vjp
+def lstm(
+    given: Float[Array, "t b w4"],
+    recurrent: Float[Array, "w w4"],
+    hidden: Float[Array, "b w"],
+    cell: Float[Array, "b w"],
+    mask: Bool[Array, "t b"] | None,
+) -> tuple[Float[Array, "t b w"], Float[Array, "t b w"]]:
+    """(hidden, cell) after each position.
+
+    Args:    given: what the input adds to the gates, in the order input, forget, candidate, output.  recurrent: kernel from the hidden state to
+             the gates.  hidden, cell: before the first position.  mask: where False, the state goes on unchanged; None: nowhere.
+    """
+    return _forward(given, recurrent, hidden, cell, mask)[0]
+
+
+def _forward(given, recurrent, hidden, cell, mask):
+    width = cell.shape[-1]
+
+    def step(state, at):
+        hidden, cell = state
+        given, keep = at
+        sums = (given + hidden @ recurrent).astype(jnp.float32)
+        i, f, o = (_sigmoid(sums[:, k * width : (k + 1) * width]) for k in (0, 1, 3))
+        g = jnp.tanh(sums[:, 2 * width : 3 * width])
+        new_cell = f * cell + i * g
+        new_hidden = (o * jnp.tanh(new_cell)).astype(hidden.dtype)
+        state = _kept(keep, new_hidden, hidden), _kept(keep, new_cell, cell)
+        return state, (*state, jnp.concatenate([i, f, g, o], -1).astype(given.dtype))
+
+    _, (hiddens, cells, gates) = jax.lax.scan(step, (hidden, cell), (given, mask))
+    return (hiddens, cells), (recurrent, hidden, cell, mask, hiddens, cells, gates)
+
+
+def _backward(kept, slopes):
+    recurrent, hidden, cell, mask, hiddens, cells, gates = kept
+    width, back = cell.shape[-1], recurrent.T
+    hiddens = jnp.concatenate([hidden[None], hiddens[:-1]])  # before each position
+    before = jnp.concatenate([cell[None], cells[:-1]])
+
+    def step(state, at):
+        slope_hidden, slope_cell = state
+        added_hidden, added_cell, gates, before, keep = at
+        slope_hidden, slope_cell = slope_hidden + added_hidden, slope_cell + added_cell
+        full = gates.astype(jnp.float32)
+        i, f, g, o = (full[:, k * width : (k + 1) * width] for k in range(4))
+        bent = jnp.tanh(f * before + i * g)
+        here = slope_hidden.astype(jnp.float32)
+        inner = slope_cell + here * o * (1 - bent * bent)
+        parts = [inner * g * i * (1 - i), inner * before * f * (1 - f), inner * i * (1 - g * g), here * bent * o * (1 - o)]
+        slope = jnp.concatenate(parts, -1).astype(gates.dtype)
+        if keep is not None:
+            slope = _kept(keep, slope, jnp.zeros_like(slope))
+        carried = _kept(keep, slope @ back, slope_hidden), _kept(keep, inner * f, slope_cell)
+        return carried, slope
+
+    start = jnp.zeros_like(hidden), jnp.zeros_like(cell)
+    (slope_hidden, slope_cell), slope = jax.lax.scan(step, start, (*slopes, gates, before, mask), reverse=True)
+    slope_recurrent = jnp.einsum("tbw,tbk->wk", hiddens, slope)
+    return slope, slope_recurrent, slope_hidden, slope_cell, None
+
+
+lstm.defvjp(_forward, _backward)
+
+
+def _kept(keep, new, old):
+    """The new state where it counts, else the old one."""
+    return new if keep is None else jnp.where(keep[:, None], new, old)
+
+
+def _sigmoid(x):
+    """The logistic function as a tanh, for which XLA has a vector form on CPU."""
+    return 0.5 * jnp.tanh(0.5 * x) + 0.5
+
+
+def _bias(key, shape, dtype):
+    """Zero, but one for the forget gate."""
+    width = shape[0] // 4
+    return jnp.zeros(shape, dtype).at[width : 2 * width].set(1)
