@@ -186,9 +186,8 @@ def _first_step(folder: pathlib.Path, name: str) -> float:
     settings = ("train.log_every=1", f"run_dir={folder / name}", f"cache.folder={folder / 'programs'}", *quiet)
     environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
     log, start = folder / name / "metrics.jsonl", time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "research.train", "experiment=quickstart", *settings], env=environment, stdout=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-m", "research.train", "experiment=quickstart", *settings]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while not (log.exists() and log.stat().st_size):
             if process.poll() is not None:

@@ -195,7 +195,7 @@ def _twice(module: Any, pair: Any, x: Array) -> Array:
     first, second, x = pair["first"].astype(dtype), pair["second"].astype(dtype), x.astype(dtype)
     rank, axes = first.shape[-1], first.ndim - 1
     if isinstance(module, Conv):
-        y = jax.lax.conv_general_dilated(x, first, (1, 1), module.padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        y = jax.lax.conv_general_dilated(x, first, *module.windows, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     else:
         y = x.reshape(*x.shape[: x.ndim - axes], -1) @ first.reshape(-1, rank)
     leading = y.shape[:-1]

@@ -32,14 +32,14 @@ class Linear:
 
     Args:    path: of the kernel in the canonical tree, "block_0/mlp/up/kernel".  kind: what the layer is.  shape: of the kernel.
              inputs: leading axes that are summed over; of an embedding, the last one is.
-             kernel, padding: of a convolution, the side of its window and its padding.
+             windows: strides and padding of a convolution, along rows and columns.
     """
 
     path: str
     kind: Kind
     shape: tuple[int, ...]
     inputs: int
-    padding: str = ""
+    windows: Any = ((1, 1), ((0, 0), (0, 0)))
 
     @property
     def module(self) -> str:
@@ -63,7 +63,7 @@ class Linear:
         """
         if self.kind == "conv":
             side = self.shape[0]
-            x = jax.lax.conv_general_dilated_patches(x, (side, side), (1, 1), self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            x = jax.lax.conv_general_dilated_patches(x, (side, side), *self.windows, dimension_numbers=("NHWC", "HWIO", "NHWC"))
             x = x.reshape(*x.shape[:-1], -1, side, side)  # the patch comes as c in, y, x
             x = jnp.moveaxis(x, -3, -1)
         axes = 3 if self.kind == "conv" else 1 if self.kind == "embedding" else self.inputs
@@ -173,5 +173,5 @@ def _layer(module: nn.Module) -> Linear | None:
         return None
     shape = module.get_variable("params", "kernel").shape
     if isinstance(module, Conv):
-        return Linear(f"{path}/kernel", "conv", shape, 3, module.padding)
+        return Linear(f"{path}/kernel", "conv", shape, 3, module.windows)
     return Linear(f"{path}/kernel", "dense", shape, len(module.inputs) if isinstance(module, Projection) else 1)

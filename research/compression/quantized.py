@@ -249,9 +249,9 @@ def _product(module: Any, layer: Linear, stored: Stored, multiply: Callable[[Arr
     """What the layer computes where its rows, n i, are multiplied with the codes by `multiply(rows, stored)`, n o."""
     dtype = module.dtype or x.dtype
     if layer.kind == "conv":
-        layer = dataclasses.replace(layer, padding=module.padding)
-        shrink = layer.shape[0] - 1 if module.padding == "VALID" else 0
-        leading = (x.shape[0], x.shape[1] - shrink, x.shape[2] - shrink)
+        layer = dataclasses.replace(layer, windows=module.windows)
+        sides = zip(x.shape[1:3], *module.windows, strict=True)
+        leading = (x.shape[0], *((side + sum(around) - layer.shape[0]) // stride + 1 for side, stride, around in sides))
     else:
         leading = x.shape[: x.ndim - layer.inputs]
     y = multiply(layer.rows(x)[0], stored).astype(dtype)

@@ -25,12 +25,17 @@ class Conv(nn.Module):
     stride: int = 1
     start: str = "glorot"
 
+    @property
+    def windows(self) -> tuple[tuple[int, int], tuple[tuple[int, int], tuple[int, int]]]:
+        """(strides, padding) along rows and columns."""
+        around = ((self.kernel - 1) // 2, self.kernel // 2) if self.padding == "SAME" else (0, 0)
+        return (self.stride, self.stride), (around, around)
+
     @nn.compact
     def __call__(self, x: Float[Array, "b y x c"]) -> Float[Array, "b y2 x2 c2"]:
         shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
         kernel = self.param("kernel", _STARTS[self.start], shape, jnp.float32).astype(self.dtype)
-        around = ((self.kernel - 1) // 2, self.kernel // 2) if self.padding == "SAME" else (0, 0)
-        y = jax.lax.conv_general_dilated(x, kernel, (self.stride,) * 2, (around, around), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        y = jax.lax.conv_general_dilated(x, kernel, *self.windows, dimension_numbers=("NHWC", "HWIO", "NHWC"))
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
             y = y + bias.astype(self.dtype).reshape(1, 1, 1, -1)

@@ -63,3 +63,8 @@ class Clock:
             compiling = min(_compiled - compiled, elapsed)  # tracing of nested programs is reported twice
             self.seconds["compile"] += compiling
             self.seconds[name] += elapsed - compiling
+
+    def move(self, name: str, other: str, seconds: float) -> None:
+        """Books seconds under another name."""
+        self.seconds[name] -= seconds
+        self.seconds[other] += seconds

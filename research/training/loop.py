@@ -177,8 +177,11 @@ class Loop:
                     self._save(live, best=improved)
                 if ended:
                     break
+                waited = self.clock.seconds["wait"]
                 with self.clock.span("wait"):
                     fed = next(fetched)
+                if self._pending and not jax.tree.leaves(self._pending[-1][1])[0].is_ready():  # the device did not wait: it has a step to do
+                    self.clock.move("wait", "train", self.clock.seconds["wait"] - waited)
                 if self.step.stability and self._watch is None:
                     one = self.parallel.one((live, fed[0] if chunk == 1 else self.batches[at]))
                     self._watch = stability.Watch(stability.order(self.step.objective, one[0], frozen, one[1]))

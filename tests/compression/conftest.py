@@ -25,6 +25,7 @@ SPECS = {
 FAMILIES = {
     "mlp": ["data=digits", "model=mlp", "model.width=[16,24]"],
     "cnn": ["data=digits", "model=cnn", "model.channels=[8,16]", "model.padding=SAME", "model.pool=[2,1]", "model.hidden=[16]"],
+    "resnet": ["data=digits", "model=resnet18", "model.blocks=[1,1]", "model.channels=[8,16]"],  # its second stage has a stride of 2
     "gpt": ["data=python_docs", "model=gpt", "objective=language_model", "model.width=16", "model.depth=2", "model.heads=2"],
 }
 

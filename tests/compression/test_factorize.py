@@ -12,7 +12,7 @@ from research.compression.subject import get
 from research.core.errors import ConfigError
 from research.core.tree import count, paths
 
-FAMILIES = ("mlp", "cnn", "gpt")
+FAMILIES = ("mlp", "cnn", "resnet", "gpt")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import time
 
 import jax
 import numpy as np
@@ -199,6 +200,9 @@ def test_the_host_waits_for_the_device_at_log_points_only(run, monkeypatch):
         def __init__(self, array):
             self.array = array
 
+        def is_ready(self):
+            return self.array.is_ready()
+
         def __array__(self, dtype=None, copy=None):
             looked.append(len(dispatched))
             return np.asarray(self.array)
@@ -221,6 +225,37 @@ def test_the_host_waits_for_the_device_at_log_points_only(run, monkeypatch):
     run(parallel=Watched(), eval_every=None, save_every=100, log_every=5)
     assert set(looked) == {5, 10, 15, 20}
     assert len(looked) % 20 == 0
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+def test_only_an_idle_device_waits_for_data(run, batches, is_busy):
+    class Result:
+        def __init__(self, array):
+            self.array = array
+
+        def is_ready(self):
+            return not is_busy
+
+        def __array__(self, dtype=None, copy=None):
+            return np.asarray(self.array)
+
+    class Fake(Jit):
+        def train(self, step):
+            def call(state, frozen, batch):
+                state, metrics = compiled(state, frozen, batch)
+                return state, jax.tree.map(Result, metrics)
+
+            compiled = super().train(step)
+            return call
+
+    class Slow(Repeated):
+        def __getitem__(self, step):
+            time.sleep(0.01)
+            return super().__getitem__(step)
+
+    outcome, _ = run(batches=Slow(batches), parallel=Fake(), eval_every=None, log_every=20)
+    waited = outcome.host["seconds"]["wait"]
+    assert waited < 0.1 if is_busy else waited > 0.2  # the first of 20 batches is waited for in any case
 
 
 def test_the_order_is_evaluate_then_hooks_then_save(run, tmp_path):

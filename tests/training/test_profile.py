@@ -47,6 +47,23 @@ def test_a_trace_names_modules_and_counts_steps(tmp_path):
     assert len(dearest(tmp_path / "trace", steps=5, count=1)) == 1
 
 
+def test_a_loop_is_told_by_what_is_in_it(tmp_path):
+    @jax.jit
+    def step(x, weights):
+        with jax.named_scope("model"):
+            return jax.lax.scan(lambda x, weight: (jnp.sin(x @ weight), None), x, weights)[0]
+
+    x, weights = jnp.ones((256, 256)), jnp.ones((6, 256, 256))
+    jax.block_until_ready(step(x, weights))
+    with traced(tmp_path / "trace"):
+        jax.block_until_ready(step(x, weights))
+    spent = profile._spent(jax.profiler.ProfileData.from_file(str(next(tmp_path.rglob("*.xplane.pb")))).planes)
+    assert any(name.startswith("while") for _, name in spent)
+    told = dearest(tmp_path / "trace", steps=1)
+    assert "while" not in {operation.operation for operation in told}
+    assert {6.0} <= {operation.count for operation in told}
+
+
 def test_an_operation_lasts_until_its_threads_are_done():
     host = plane(
         "/host:CPU",
