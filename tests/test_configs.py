@@ -87,8 +87,7 @@ def test_every_option_of_a_model_takes_a_step(model, option):
 
 
 def test_no_model_is_without_options():
-    sizes = {name for name in options("model") if name.startswith("gpt") and name != "gpt"}  # of the one above
-    assert set(MODEL_OPTIONS) == set(options("model")) - sizes
+    assert set(MODEL_OPTIONS) == set(options("model"))
 
 
 @pytest.mark.parametrize("objective", options("objective"))
