@@ -68,7 +68,13 @@ class Layout:
 
     def spec(self, names: Names) -> PartitionSpec:
         """Over which axes of the mesh an array with these names is cut."""
-        return _spec(self, names)
+        taken: set[str] = set()
+        parts: list[tuple[str, ...] | None] = []
+        for name in names:
+            axes = tuple(axis for axis in self.cut(name) if axis not in taken)  # an axis of the mesh cuts one axis of an array
+            taken |= set(axes)
+            parts.append(axes or None)
+        return PartitionSpec(*parts)
 
     @property
     def mesh(self) -> Mesh:
@@ -122,16 +128,6 @@ def name_axes(module: Any, parameter: str, *names: str | None) -> None:
 def layerless(path: str) -> str:
     """A parameter's path with the same word for every layer, stacked or not."""
     return re.sub(rf"(^|/)(?:{UNSTACKED}\d+|{STACKED})(?=/)", rf"\1{STACKED}", path)
-
-
-def _spec(layout: Layout, names: Names) -> PartitionSpec:
-    taken: set[str] = set()
-    parts: list[tuple[str, ...] | None] = []
-    for name in names:
-        axes = tuple(axis for axis in layout.cut(name) if axis not in taken)  # an axis of the mesh cuts one axis of an array
-        taken |= set(axes)
-        parts.append(axes or None)
-    return PartitionSpec(*parts)
 
 
 @functools.lru_cache(maxsize=64)

@@ -30,7 +30,7 @@ def cached_programs(node: Mapping[str, Any] | None) -> Iterator[None]:
     node = node or {}
     folder, size = node.get("folder"), node.get("bytes")
     before = {name: getattr(jax.config, f"jax_{name}") for name in SETTINGS}
-    if folder is None or before["compilation_cache_dir"] is not None or not getattr(jax.config, "jax_enable_compilation_cache"):  # noqa: B009
+    if folder is None or before["compilation_cache_dir"] is not None or not getattr(jax.config, "jax_enable_compilation_cache"):  # noqa: B009  # the checker does not know the attribute
         yield
         return
     if type(size) is not int or size < 1:

@@ -50,7 +50,7 @@ class Tokenizer:
 
     def save(self, path: epath.PathLike) -> None:
         """Writes the tokenizer as one JSON file."""
-        content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]  # every subclass is a dataclass
         epath.Path(path).write_text(json.dumps({"kind": self.kind, **content}, ensure_ascii=False, indent=1))
 
     @staticmethod

@@ -56,7 +56,7 @@ class Drawing(Figure):
 def new(width: float, height: float, title: str = "") -> Drawing:
     """A white figure of this size in inches, its title at the left."""
     figure = Drawing(figsize=(width, height), dpi=DOTS_PER_INCH, facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)  # type: ignore[union-attr]
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)  # type: ignore[union-attr]  # constrained layout has an engine
     if title:
         figure.suptitle(plain(title, int(width * 9)), x=0.012, ha="left", fontsize=12, fontweight="bold", color=INK, fontfamily=fonts())
     return figure
@@ -71,7 +71,7 @@ def tidy(axes: Axes, *, x: str = "", y: str = "", note: str = "", grid: str = "y
     axes.tick_params(colors=FAINT, labelsize=8.5, which="both", length=0, pad=5)
     axes.set_axisbelow(True)
     if grid != "none":
-        axes.grid(True, axis=grid, color=GRID, linewidth=0.8)  # type: ignore[arg-type]
+        axes.grid(True, axis=grid, color=GRID, linewidth=0.8)  # type: ignore[arg-type]  # the stub wants a literal
     axes.set_xlabel(plain(x), fontsize=9.5, color=INK)
     axes.set_ylabel(plain(y), fontsize=9.5, color=INK, fontfamily=fonts())
     if note:

@@ -41,21 +41,6 @@ class LSTM(nn.Module):
         return hidden.swapaxes(0, 1), cell.swapaxes(0, 1)
 
 
-def lstm_reference(given, recurrent, hidden, cell, mask):
-    """`lstm` by its formula alone: what it is tested against."""
-
-    def step(state, at):
-        hidden, cell = state
-        given, keep = at
-        i, f, g, o = jnp.split((given + hidden @ recurrent).astype(jnp.float32), 4, -1)
-        new_cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
-        new_hidden = (jax.nn.sigmoid(o) * jnp.tanh(new_cell)).astype(hidden.dtype)
-        state = _kept(keep, new_hidden, hidden), _kept(keep, new_cell, cell)
-        return state, state
-
-    return jax.lax.scan(step, (hidden, cell), (given, mask))[1]
-
-
 @jax.custom_vjp
 def lstm(
     given: Float[Array, "t b w4"],

@@ -37,7 +37,7 @@ class Events:
         self._file.close()
 
     def _write(self, **fields: Any) -> None:
-        data = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()  # type: ignore[attr-defined]
+        data = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()  # type: ignore[attr-defined]  # made at import, so no checker sees it
         length = struct.pack("<Q", len(data))
         record = (length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data)))
         self._file.write(b"".join(record))

@@ -324,10 +324,7 @@ class Sharded:
     def put(self, batch: Batch) -> Batch:
         time = np.shape(batch["tokens"])[1] if "tokens" in batch else None
 
-        def names(x):
-            return ("batch", *(("time",) if np.ndim(x) > 1 and x.shape[1] == time else ()))
-
-        places = {name: NamedSharding(self.layout.mesh, self.layout.spec(names(x))) for name, x in batch.items()}
+        places = {name: self._fed[np.ndim(x) > 1 and x.shape[1] == time] for name, x in batch.items()}
         if jax.process_count() == 1:
             return jax.device_put(dict(batch), places)
         return {name: _from_part(np.asarray(x), places[name], *self.share) for name, x in batch.items()}
@@ -385,6 +382,12 @@ class Sharded:
             if free:
                 entries[max(free, key=lambda i: shape[i])] = ("fsdp",)
         return PartitionSpec(*(axes or None for axes in entries))
+
+    @functools.cached_property
+    def _fed(self) -> tuple[NamedSharding, NamedSharding]:
+        """Where a field of a batch goes: one without positions, and one with."""
+        mesh, spec = self.layout.mesh, self.layout.spec
+        return NamedSharding(mesh, spec(("batch",))), NamedSharding(mesh, spec(("batch", "time")))
 
     def _places(self, tree: Tree) -> Tree:
         return map_paths(lambda path, x: NamedSharding(self.layout.mesh, self.spec(path, x.shape)), tree)

@@ -1,7 +1,7 @@
 """What a training step will need, told from shapes alone: bytes of the state and of what the backward pass keeps, on each device of any mesh."""
 
-import dataclasses
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +13,7 @@ from research.core.errors import ConfigError
 from research.core.spec import abstract_batch, zero_batch
 from research.core.types import Batch, Objective, State, Tree
 from research.training.assembly import Assembly
-from research.training.parallel import Jit
+from research.training.parallel import Jit, Pmap
 from research.training.step import divide
 
 PROBE = 3  # steps that a probe times, after one that is not counted
@@ -85,29 +85,29 @@ def residual_bytes(objective: Objective, state: State, frozen: Tree, batch: Batc
 
 
 def probe(assembly: Assembly, batch: int) -> dict[str, Any]:
-    """Compiles the step and runs it a few times on zeros: {compile_s, ms_per_step, temporary_bytes}.
+    """Compiles the step, where and as it would be trained, and runs it a few times on zeros: {compile_s, ms_per_step, temporary_bytes}.
 
     Args:    batch: examples.
-    Raises:  ConfigError: the devices of this machine are not those of the layout.
+    Returns: seconds of compiling, the median milliseconds of a step, and the bytes that each device needs beside the state and the batch.
+    Raises:  ConfigError: the devices of this machine are not those of the layout, or pmap, whose memory nobody tells.
     """
-    import time
-
     parallel = assembly.parallel
     parallel.check()
+    if isinstance(parallel, Pmap):
+        raise ConfigError("probe=true: parallel=pmap has no program that tells its memory; use parallel=data")
     zeros = {name: np.broadcast_to(x, (batch, *x.shape[1:])) for name, x in zero_batch(assembly.spec, 1).items()}
     zeros |= {"mask": np.ones(zeros["mask"].shape, bool), "index": np.arange(batch, dtype=np.int32)}
     began = time.perf_counter()
-    state, train = parallel.place(assembly.state()), parallel.train(assembly.step)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), zeros)
-    needed = jax.jit(dataclasses.replace(assembly.step, axis=None).__call__).lower(abstract_state(assembly), None, shapes).compile().memory_analysis()
-    seconds = []
+    state, given = parallel.place(assembly.state()), parallel.put(zeros)
+    program = jax.jit(parallel.train(assembly.step), donate_argnums=0).lower(state, None, given).compile()
+    compiled, needed, seconds = time.perf_counter() - began, program.memory_analysis(), []
     for _ in range(PROBE + 1):
         start = time.perf_counter()
-        state, metrics = train(state, None, parallel.put(zeros))
+        state, metrics = program(state, None, parallel.put(zeros))
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - start)
     return {
-        "compile_s": time.perf_counter() - began - sum(seconds[1:]),
+        "compile_s": compiled,
         "ms_per_step": float(np.median(seconds[1:])) * 1e3,
         "temporary_bytes": None if needed is None else int(needed.temp_size_in_bytes),
     }

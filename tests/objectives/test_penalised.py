@@ -106,7 +106,7 @@ def test_the_jacobian_of_a_text_is_that_of_its_valid_positions(text):
     @jax.jit
     def jacobian(params):
         taps = objective.apply(params, {}, None, small, None, {}, train=False)[1]
-        edited = lambda value: objective.apply(params, {}, None, small, None, {}, train=False, edits={"input": (True, value)})[0]  # noqa: E731
+        edited = lambda value: objective.apply(params, {}, None, small, None, {}, train=False, edits={"input": (True, value)})[0]  # noqa: E731  # one line says it
         return jax.jacfwd(edited)(taps["input"])  # b t v b t d
 
     expected = 0.5 * (np.asarray(jacobian(params), np.float64)[0, np.asarray(small["mask"])[0]] ** 2).sum()

@@ -278,7 +278,7 @@ def test_leaving_the_block_writes_what_is_pending_and_reports_what_failed(folder
     assert Checkpoints(folder, read_only=True).latest() == 10
     with pytest.raises(CheckpointError, match="checkpoints/20"), Checkpoints(folder) as checkpoints:
         fail_to_save(checkpoints, 20)
-    with pytest.raises(KeyError), Checkpoints(folder) as checkpoints:  # noqa: PT012
+    with pytest.raises(KeyError), Checkpoints(folder) as checkpoints:  # noqa: PT012  # what happens inside is what is tested
         fail_to_save(checkpoints, 20)
         raise KeyError  # what the block itself died of is not hidden
     assert "checkpoints/20" in caplog.text

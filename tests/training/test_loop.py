@@ -59,7 +59,7 @@ def run(make_step, batches, tmp_path):
             seen.append(("evaluate", int(state.step)))
             return next(given)
 
-        hook = lambda state, at: seen.append(("hook", at))  # noqa: E731
+        hook = lambda state, at: seen.append(("hook", at))  # noqa: E731  # one line says it
         record = log.Log(epath.Path(folder), 0, 20, tensorboard=False, progress="none")
         with Checkpoints(folder, settings.keep) as checkpoints:
             loop = Loop(step, settings, parallel, batches, checkpoints, record, evaluate, Clock(), (hook,))

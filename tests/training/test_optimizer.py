@@ -97,7 +97,7 @@ def test_rates_and_values_are_arguments_so_nothing_is_compiled_again(node):
 
 def test_trials_under_vmap_are_lone_runs(node):
     optimizer = Optimizer.from_config(node("sgd", learning_rate=None), clip=1.0, ema=0.9)
-    first = lambda rate: optimizer.update(GRADIENTS[0], optimizer.init(PARAMS), PARAMS, {}, rate)[0]  # noqa: E731
+    first = lambda rate: optimizer.update(GRADIENTS[0], optimizer.init(PARAMS), PARAMS, {}, rate)[0]  # noqa: E731  # one line says it
     rates = jnp.array([0.01, 0.1], jnp.float32)
     both, alone = jax.jit(jax.vmap(first))(rates), jax.jit(first)
     for i, rate in enumerate(rates):

@@ -33,7 +33,7 @@ class Recurrent(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, mask=None, index=None, hyper=None, train=False):
-        start = lambda key, shape: self.scale * jnp.eye(*shape, dtype=jnp.float32)  # noqa: E731
+        start = lambda key, shape: self.scale * jnp.eye(*shape, dtype=jnp.float32)  # noqa: E731  # one line says it
         kernel = self.param("recurrent", start, (self.width, self.width))
         h = jnp.zeros((len(x), self.width), jnp.float32)
         for _ in range(12):

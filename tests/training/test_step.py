@@ -176,7 +176,7 @@ def test_a_non_finite_update_is_skipped_and_counted(make_step, batches, train):
     step = make_step(norm="batch")
     before, _ = train(step, batches[:1])
     after, history = train(step, [poisoned], state=before)
-    same = lambda part: sha256(getattr(before, part)) == sha256(getattr(after, part))  # noqa: E731
+    same = lambda part: sha256(getattr(before, part)) == sha256(getattr(after, part))  # noqa: E731  # one line says it
     assert same("params")
     assert same("opt")
     assert sha256(before.extra["batch_stats"]) == sha256(after.extra["batch_stats"])
@@ -206,7 +206,7 @@ def test_no_leaf_of_a_new_state_is_shared(make_step, batches):
 def test_a_term_without_weight_counts_nothing():
     tally = Tally({"a": jnp.float32(6), "b": jnp.float32(5)}, {})
     weights = {"a": jnp.float32(3), "b": jnp.float32(0)}
-    loss = lambda hyper: float(divide(tally, weights, (("a", 0.5), ("b", 2.0)), hyper))  # noqa: E731
+    loss = lambda hyper: float(divide(tally, weights, (("a", 0.5), ("b", 2.0)), hyper))  # noqa: E731  # one line says it
     assert loss({}) == 1.0
     assert loss({"a": jnp.float32(2)}) == 4.0
 
