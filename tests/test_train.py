@@ -504,6 +504,12 @@ def test_what_is_kept(train, keep, steps):
     assert sorted(int(path.name) for path in (folder / "checkpoints").iterdir()) == steps
 
 
+@pytest.mark.parametrize("parallel", ["pmap", "data"])
+def test_one_device_may_be_called_by_any_name(train, parallel, tmp_path):
+    plain, other = train(), train(f"parallel={parallel}", folder=tmp_path / parallel)
+    assert column(other, "train/loss") == pytest.approx(column(plain, "train/loss"), rel=1e-5)
+
+
 @pytest.mark.slow
 def test_two_devices_make_the_same_run_and_one_may_go_on_with_it(train, tmp_path):
     """In processes of their own: the number of devices is fixed when JAX starts."""

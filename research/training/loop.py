@@ -195,7 +195,7 @@ class Loop:
                     self._pending.append((at, metrics))
                     if _due(at, settings.log_every):
                         self._write(at)
-                    elif self.parallel.devices > 1 and (chunk > 1 or at % _SYNCHRONISE == 0):
+                    elif self.parallel.size > 1 and (chunk > 1 or at % _SYNCHRONISE == 0):
                         jax.block_until_ready(metrics)
         self.checkpoints.wait()
         return Outcome(self.parallel.one(live), self._host, *ended)

@@ -29,7 +29,7 @@ class Parallel(Protocol):
         ...
 
     @property
-    def devices(self) -> int:
+    def size(self) -> int:
         """Devices that compute one step together."""
         ...
 
@@ -124,7 +124,7 @@ class _Whole:
         return 1
 
     @property
-    def devices(self) -> int:
+    def size(self) -> int:
         return self.count
 
     def fit(self, objective: Objective, batch: Batch) -> "Parallel":
@@ -279,7 +279,7 @@ class Sharded:
         return self.layout.parts("batch")
 
     @property
-    def devices(self) -> int:
+    def size(self) -> int:
         return self.layout.size(*AXES)
 
     def fit(self, objective: Objective, batch: Batch) -> "Sharded":
@@ -302,7 +302,7 @@ class Sharded:
         return fitted
 
     def check(self) -> None:
-        wanted, there = self.devices, jax.device_count()
+        wanted, there = self.size, jax.device_count()
         if wanted > there or (jax.process_count() > 1 and wanted != there):
             shown = " x ".join(f"{name} {size}" for name, size in self.layout.sizes if size > 1) or "data 1"
             hint = "; debug.cpu_devices=N pretends that a CPU is N" if jax.default_backend() == "cpu" and jax.process_count() == 1 else ""

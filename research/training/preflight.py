@@ -43,7 +43,7 @@ def preflight(assembly: Assembly, batch: int, memory: int | None = None) -> dict
     left = limit - of_state - of_gradients - of_frozen - fixed
     return {
         "batch": batch,
-        "devices": parallel.devices,
+        "devices": parallel.size,
         "state_bytes": sum(whole.values()),
         **{f"{name}_bytes": size for name, size in whole.items()},
         "state_bytes_per_device": of_state,

@@ -181,7 +181,7 @@ def test_the_names_of_a_model_say_where_its_arrays_go():
         got = tuple(axes[0] if isinstance(axes, tuple) and len(axes) == 1 else axes for axes in layout.spec(path, shape))
         assert got == wanted, path
     assert layout.count == 32
-    assert layout.devices == 64
+    assert layout.size == 64
 
 
 def test_bytes_per_device_are_what_is_left_of_the_whole():
