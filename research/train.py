@@ -25,6 +25,7 @@ from research.core.cost import flops, flops_per_example
 from research.core.errors import CheckpointError, ConfigError, DataError, DivergedError, Interrupted, ResearchError, nearest
 from research.core.folder import write_json, write_text
 from research.core.memory import keep_freed_memory
+from research.core.shared import shared
 from research.core.spec import abstract_batch, check_spec
 from research.core.tree import count, paths, restack, sha256, unstack
 from research.core.types import State, Tree
@@ -39,7 +40,8 @@ from research.inference.evaluate import evaluate
 from research.inference.predict import predict
 from research.inference.sample import Sampling
 from research.run import Run, Weights, judging, looked_into, select, text
-from research.training import log, run
+from research.sweep.trial import REPEATS, Sweep
+from research.training import log, run, trials
 from research.training.assembly import Assembly, assemble, parts, settings
 from research.training.checkpoint import Checkpoints
 from research.training.clock import Clock, programs
@@ -84,7 +86,8 @@ def train(config: DictConfig) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code of the command line."""
-    return app.main(train, "train", argv)
+    sweep = Sweep()
+    return sweep.ended(app.main(sweep.trials_of(train), "train", argv, sweep.arrange))
 
 
 def _check(config: DictConfig) -> None:
@@ -105,7 +108,10 @@ def _check(config: DictConfig) -> None:
         numbers = [x for x in band if x is None or (isinstance(x, int | float) and not isinstance(x, bool))] if isinstance(band, ListConfig) else []
         if len(numbers) != 2 or "metric" not in config.expect:
             raise ConfigError(f"expect={config.expect}: must be null or {{metric: NAME, band: [LOW, HIGH]}}, either bound null where there is none")
-    for name in ("check", "logger.tensorboard", "logger.figures", "logger.sample"):
+    for name in REPEATS:
+        if config.get(name) is not None:
+            raise ConfigError(f"{name}={config[name]!r} stands in a config file: it is for the command line")
+    for name in ("check", "retry", "logger.tensorboard", "logger.figures", "logger.sample"):
         if not isinstance(value := OmegaConf.select(config, name), bool):
             raise ConfigError(f"{name}={value!r}: must be true or false")
     for name in ("seed", "logger.histograms"):
@@ -217,12 +223,14 @@ class Training:
             if "validation" not in self.dataset.splits and config.train.monitor.startswith("validation/"):
                 app.say(f"the data has no validation split: the best step is the one with the lowest train/loss, not {config.train.monitor}")
                 config.train.monitor, config.train.mode = "train/loss", "min"
-        chunk = settings(config).chunk
+        chunk = self._chunk = settings(config).chunk
         self._parallel: Parallel = build(config.parallel, where="parallel")
         self._parallel.check()
         if chunk > 1 and hosts.count() > 1:
             raise ConfigError(f"train.chunk={chunk}: {hosts.count()} hosts read their parts of each batch; use train.chunk=1")
         train = self.dataset.split("train")
+        if trials.member() is not None:
+            chunk = self._chunk = self._common_chunk(train)
         self.loader = self._loader(place(train, chunk) if hosts.count() == 1 else train)
         _check_batch(self.loader.batch, config)
         self.assembly: Assembly = assemble(config, batches=len(self.loader))
@@ -241,6 +249,15 @@ class Training:
     def _loader(self, source: Source) -> Loader:
         i, n = self._parallel.share
         return Loader(source, self.config.data.batch, seed=self.config.seed, shard=(i, n), parts=parts(self.config) // n)
+
+    def _common_chunk(self, train: Source) -> int:
+        """The steps that this run takes at once with others of its sweep; 1 where its data does not fit on the device."""
+        chunk = trials.common_chunk(settings(self.config).resolved(len(self._loader(train))))
+        try:
+            place(train, chunk)
+        except ConfigError:
+            return 1
+        return chunk
 
     def run(self) -> dict[str, Any]:
         """result.json's content."""
@@ -266,7 +283,7 @@ class Training:
                 self.log.image(0, "examples", sheet(np.asarray(self.loader[0]["image"][:16])))
             try:
                 with energy.measured(logger.get("energy")) as self._energy:
-                    outcome = self._loop(checkpoints, clock).run(state, self.frozen, host)
+                    outcome = self._loop(checkpoints, clock, start).run(state, self.frozen, host)
                 return self._finish(outcome, checkpoints, clock, start)
             finally:
                 self.log.close()
@@ -351,7 +368,7 @@ class Training:
         run.write_config(self.path, self.config)
         run.write_environment(self.path, parent)
 
-    def _loop(self, checkpoints: Checkpoints, clock: Clock) -> Loop:
+    def _loop(self, checkpoints: Checkpoints, clock: Clock, start: int) -> Loop:
         hooks = []
         readable = self.dataset.preprocessor.tokenizer is not None
         if self.config.logger.sample and readable and hosts.count() == 1 and self.assembly.step.objective.decoder() is not None:
@@ -359,6 +376,10 @@ class Training:
         if self.config.logger.histograms and hosts.count() == 1:
             hooks.append(self._histograms)
         settings, parallel = self.assembly.settings, self.assembly.parallel
+        if (member := trials.member()) is not None and start % self._chunk:
+            member.leave()  # goes on from between the steps of the others
+        elif member is not None:
+            settings, parallel = dataclasses.replace(settings, chunk=self._chunk), member.parallel()
         return Loop(self.assembly.step, settings, parallel, self.loader, checkpoints, self.log, self._validate, clock, tuple(hooks), self.interrupt)
 
     def _validate(self, state: State) -> dict[str, float | None]:
@@ -446,16 +467,20 @@ class Training:
         return {**times, "steps_per_s": steps_per_s, "examples_per_s": examples_per_s, "tokens_per_s": tokens_per_s}
 
     def _flops(self, state: State, weights: Weights) -> dict[str, int]:
-        """Operations for each example: of predicting it, and of its share in an update."""
+        """Operations for each example: of predicting it, and of its share in an update; counted once for all runs of one program."""
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((self.loader.batch, *x.shape[1:]), x.dtype), self.loader[0])
         step = dataclasses.replace(self.assembly.step, axis=None)
         model = (weights.params, weights.extra, weights.frozen, weights.hyper)
-        update = flops(step, state, self.frozen, batch) // self.loader.batch
-        return {"flops_per_example": flops_per_example(step.objective, model, batch), "train_flops_per_example": update}
+
+        def count() -> dict[str, int]:
+            update = flops(step, state, self.frozen, batch) // self.loader.batch
+            return {"flops_per_example": flops_per_example(step.objective, model, batch), "train_flops_per_example": update}
+
+        return shared(("flops", step, _kinds((batch, model))), count)
 
     def _summary(self, result: Mapping[str, Any]) -> None:
         """What a person wants to know when a run has ended."""
-        if not hosts.first():
+        if not app.talks():
             return
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, value in result["metrics"].items():
@@ -546,6 +571,11 @@ def _band(expect: Mapping[str, Any]) -> str:
     if low is None or high is None:
         return f"{metric} of at {f'least {low}' if high is None else f'most {high}'}"
     return f"{metric} from {low} to {high}"
+
+
+def _kinds(tree: Any) -> tuple[tuple[str, str], ...]:
+    """Shapes and types, as something that can be compared."""
+    return tuple(sorted(_shapes(tree).items()))
 
 
 def _shapes(tree: Any) -> dict[str, str]:

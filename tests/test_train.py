@@ -549,12 +549,13 @@ def test_a_fork_that_is_refused_leaves_no_folder(train, command):
 
 def test_a_multirun_makes_a_folder_for_each_job(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    told = command("train", *MLP, *SHORT, *QUIET, "-m", "seed=0,1", "paths.runs=some runs")
+    told = command("train", *MLP, *SHORT, *QUIET, "-m", "seed=0,1", "paths.sweeps=some sweeps")
     assert told.code == 0, told.err
-    folders = sorted((tmp_path / "some runs" / "digits_mlp").iterdir())
+    (sweep,) = (tmp_path / "some sweeps").iterdir()
+    folders = sorted(path for path in sweep.iterdir() if path.is_dir())
     assert sorted(read_config(folder / "config.yaml").seed for folder in folders) == [0, 1]
     assert len({read(folder / "result.json")["state_sha256"] for folder in folders}) == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"some runs", "sweeps"}
+    assert {path.name for path in tmp_path.iterdir()} == {"some sweeps"}
 
 
 def test_no_secret_reaches_the_run_folder(train, monkeypatch):

@@ -1,6 +1,7 @@
 """The one wrapper of every verb: overrides checked, Hydra run, errors turned into one line and an exit code."""
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import logging
@@ -25,15 +26,46 @@ from research.core.nodes import leaves, plain
 from research.core.overrides import COMPOSING, Composer, explain
 
 Verb = Callable[[DictConfig], Any]
+Arrange = Callable[[Composer, list[str], bool], tuple[list[str], bool]]
+_quiet: contextvars.ContextVar[bool] = contextvars.ContextVar("quiet", default=False)
+_job: "contextvars.ContextVar[Job | None]" = contextvars.ContextVar("job", default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One job of a multirun: its number, and its overrides as Hydra hands them out."""
+
+    number: int
+    overrides: tuple[str, ...]
+
+
+def job() -> Job | None:
+    """The job of a multirun that is under way in this thread; None in a command that runs one thing."""
+    return _job.get()
 
 
 def say(text: str) -> None:
     """Prints a line for the person at the terminal, at once."""
-    if hosts.first():
+    if talks():
         print(text, flush=True)
 
 
-def main(verb: Verb, name: str, argv: Sequence[str] | None = None) -> int:
+def talks() -> bool:
+    """Whether what a person reads is printed here: by the first of several hosts, and not by the trials of a sweep that is told as one."""
+    return hosts.first() and not _quiet.get()
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Keeps `say` silent inside, in this thread."""
+    token = _quiet.set(True)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
+
+def main(verb: Verb, name: str, argv: Sequence[str] | None = None, arrange: Arrange | None = None) -> int:
     """Runs a verb as a Hydra app; returns the exit code: 0 done, else that of the worst error (core/errors.py).
 
     Overrides are checked before Hydra composes. Whatever goes wrong ends in one line on stderr that starts with `error:`; the traceback is
@@ -42,13 +74,14 @@ def main(verb: Verb, name: str, argv: Sequence[str] | None = None) -> int:
 
     Args:    verb: takes the composed config, in which no value is missing.  name: the primary config, as "train".
              argv: the arguments after the program's name; None: those of this process.
+             arrange: (composer, overrides, whether -m was given) -> the overrides checked, whether several jobs are to run.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     program = sys.argv[0] if argv is None else f"research-{name}"
-    jobs = _Jobs(verb)
+    jobs = Jobs(verb)
     try:
         with _isolated():
-            _launch(jobs, name, program, arguments)
+            _launch(jobs, name, program, arguments, arrange)
         error = jobs.worst()
     except SystemExit as stop:  # --help and its like have done what they were asked to
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -80,7 +113,7 @@ def outcome(error: BaseException, config: DictConfig | None = None) -> tuple[int
     return 1, f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _launch(jobs: "_Jobs", name: str, program: str, arguments: list[str]) -> None:
+def _launch(jobs: "Jobs", name: str, program: str, arguments: list[str], arrange: Arrange | None) -> None:
     parser = get_args_parser()
     parser.error = _refuse
     args = parser.parse_intermixed_args(arguments)
@@ -88,16 +121,23 @@ def _launch(jobs: "_Jobs", name: str, program: str, arguments: list[str]) -> Non
         raise ConfigError(f"--config-path={args.config_path} must be absolute")
     if not (args.shell_completion or args.hydra_help):
         extra = args.config_dir and os.path.abspath(args.config_dir)
-        checked = Composer(args.config_name or name, args.config_path, extra).check(args.overrides, multirun=args.multirun)
+        composer = Composer(args.config_name or name, args.config_path, extra)
+        checked, multirun = (arrange or _checked)(composer, args.overrides, args.multirun)
         flags = [argument for argument in arguments if argument not in args.overrides]
+        flags += ["-m"] if multirun and not args.multirun else []
         arguments = [*flags, *checked]  # Hydra's own parser gives up on `seed=0 -m data=digits,mnist`
 
     @functools.wraps(jobs.verb)  # Hydra names the app after it
     def job(config: DictConfig) -> Any:
         return jobs.run(config)
 
+    job.jobs = jobs  # type: ignore[attr-defined]  # for a launcher that runs several at once
     sys.argv = [program, *arguments]
     hydra.main(version_base="1.3", config_path=str(folder.conf()), config_name=name)(job)()
+
+
+def _checked(composer: Composer, overrides: list[str], multirun: bool) -> tuple[list[str], bool]:
+    return composer.check(overrides, multirun=multirun), multirun
 
 
 def _refuse(message: str) -> NoReturn:
@@ -105,7 +145,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 @dataclasses.dataclass
-class _Jobs:
+class Jobs:
     """A verb as Hydra calls it, once per job, and the jobs that failed."""
 
     verb: Verb
@@ -115,26 +155,42 @@ class _Jobs:
 
     def run(self, config: DictConfig) -> Any:
         """What the verb returns; None where it failed, so that a multirun goes on."""
+        known = HydraConfig.get()
+        overrides = tuple(plain(known.overrides.task))
+        number = None
+        if known.mode is RunMode.MULTIRUN:
+            number = int(known.job.num)
+            say(f"job {number}: {' '.join(overrides)}")
+        return self.attempt(config, overrides, number, prepared(config))
+
+    def attempt(
+        self, config: DictConfig, overrides: Sequence[str], number: int | None, context: contextlib.AbstractContextManager[None] | None = None
+    ) -> Any:
+        """What the verb returns for one job; None where it failed.
+
+        Args:    number: of the job in its multirun; None: it is alone.  context: what the verb runs in; None: `prepared` holds already.
+        Raises:  KeyboardInterrupt: the person wants the terminal back.  Exception: as the verb, in a launcher's other process.
+        """
         self.count += 1
-        overrides = " ".join(plain(HydraConfig.get().overrides.task))
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
-            say(f"job {HydraConfig.get().job.num}: {overrides}")
+        token = _job.set(None if number is None else Job(number, tuple(overrides)))
         try:
             missing = [path for path, value in leaves(config) if value == "???"]
             if missing:
                 raise ConfigError(f"{missing[0]} is not given; add {missing[0]}=VALUE")
-            with _flags(config):
+            with context or contextlib.nullcontext():
                 return self.verb(config)
         except Exception as error:
-            if os.getpid() != self.process:  # a launcher that runs jobs in other processes brings their errors home itself
+            if os.getpid() != self.process and not getattr(error, "recorded", False):  # the launcher of the other process brings it home
                 raise
             code, line = outcome(error, config)
-            self.failed.append((overrides, code, line))
+            self.failed.append((" ".join(overrides), code, line))
             if config.get("debug", {}).get("traceback"):
                 traceback.print_exception(error)
             if isinstance(error, Interrupted):
                 raise KeyboardInterrupt from error  # the person wants the terminal back: no further job either
             return None
+        finally:
+            _job.reset(token)
 
     def worst(self) -> ResearchError | None:
         """All failures as one error with the highest exit code."""
@@ -150,7 +206,7 @@ class _Jobs:
 
 
 @contextlib.contextmanager
-def _flags(config: DictConfig) -> Iterator[None]:
+def prepared(config: DictConfig) -> Iterator[None]:
     """Sets what JAX must know before it makes an array; takes back, at the end, what can be taken back."""
     import jax  # here, so that help and tab completion need not wait for it
 

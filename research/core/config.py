@@ -1,6 +1,8 @@
 """Configs: composed in Python, compared on resume, saved without secrets, and freed of the numbers that enter a program as values."""
 
 import copy
+import hashlib
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,14 +52,35 @@ def compose(overrides: Sequence[str] = (), verb: str = "train", *, conf: str | N
     Raises:  ConfigError: an unknown group, option or key, or a fault in a YAML file; the message names it and the nearest right one.
     """
     composer = Composer(verb, conf)
-    config = composer.load(composer.check(overrides))
-    for path, written in leaves(config):  # ${hydra:…} is known now and never again
+    return settled(composer.load(composer.check(overrides)))
+
+
+def settled(config: DictConfig) -> DictConfig:
+    """The composed config itself without Hydra's node, what is read from there written in: `${hydra:…}` is known now and never again."""
+    for path, written in leaves(config):
         if isinstance(written, str) and "${hydra:" in written and not path.startswith("hydra."):
             OmegaConf.update(config, path, written.replace("${hydra:", "${hydra."))
             OmegaConf.update(config, path, OmegaConf.select(config, path))
     with open_dict(config):
         del config["hydra"]
     return config
+
+
+def fingerprint(config: DictConfig, keys: Iterable[str] = COMPARED) -> str:
+    """A hash, in hexadecimal digits, of what makes a run this run: of two composed configs it is equal where `differences` finds nothing.
+
+    What only opened data can tell, `${data.spec.…}`, counts as it is written, and secrets by the names of their variables.
+
+    Args:    keys: the parts that count.
+    """
+    tree, known, keys = _masked(config), {}, tuple(keys)
+    for path, written in leaves(tree):
+        if _within(path, keys) and not _within(path, (*FREE, "data.spec")):
+            try:
+                known[path] = OmegaConf.select(tree, path)
+            except OmegaConfBaseException:
+                known[path] = written
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def split_values(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:

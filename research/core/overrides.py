@@ -93,6 +93,12 @@ class Composer:
         tree = plain(self.load(next(self._jobs(groups))))
         return [override.input_line or "" if override in groups else self._check_key(override, tree) for override in parsed]
 
+    def first(self, overrides: Sequence[str]) -> list[str]:
+        """The overrides of a sweep's first job; a key that has only a range of values is left out."""
+        parsed = [self._parse(line) for line in overrides]
+        plain = [o for o in parsed if not o.is_sweep_override() or o.is_discrete_sweep()]
+        return [f"{o.get_key_element()}={next(iter(_values(o)))}" if o.is_sweep_override() else o.input_line or "" for o in plain]
+
     def _parse(self, line: str) -> Override:
         """The override as Hydra reads it, its value quoted where Hydra's grammar would trip over plain text."""
         key, equals, value = line.partition("=")

@@ -8,9 +8,11 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 from jaxtyping import Int
+from omegaconf import OmegaConf
 
 from research.core.build import build
 from research.core.errors import ConfigError, DataError, nearest
+from research.core.shared import shared
 from research.core.spec import Spec, check_spec
 from research.data.checks import check_finite, check_labels
 from research.data.preprocess import Preprocessor
@@ -104,9 +106,16 @@ def open_data(node: Any, fitted: Preprocessor | None = None) -> Dataset:
     """The data of a config node, compared with the spec that the node declares, and its examples with the spec that was found.
 
     Args:    node: the config's `data`: a target with its arguments, and `batch`, `spec` and `split`, which are not the target's.
-             fitted: of an existing run: its tokenizer, statistics and classes are used as they are; None: fit anew.
+             fitted: of an existing run: its tokenizer, statistics and classes are used as they are; None: fit anew, once for all runs of a sweep.
     Raises:  ConfigError: a node that cannot be built.  DataError: data that is missing, unreadable, empty, or not what the spec says.
     """
+    if fitted is None:
+        content = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
+        return shared(("data", repr(content)), lambda: _opened(node, None))
+    return _opened(node, fitted)
+
+
+def _opened(node: Any, fitted: Preprocessor | None) -> Dataset:
     if "_target_" not in node:
         raise ConfigError("data names no data of its own: data=of_teacher goes with teacher.run=PATH and an objective that looks into that run")
     dataset = build(node, where="data", without=("batch", "spec", "split"), fitted=fitted)

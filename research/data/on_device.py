@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from research.core.errors import ConfigError
+from research.core.shared import shared
 from research.core.spec import Spec
 from research.data.dataset import Source
 from research.data.text import Windows
@@ -111,7 +112,7 @@ def place(source: Source, chunk: int = 1) -> Source:
     else:
         return source
     if size <= _SHARE * memory:
-        return held()
+        return shared(("held", id(source), str(jax.config.jax_default_device)), lambda: (source, held()))[1]  # the source too: no other gets its id
     if chunk > 1:
         raise ConfigError(
             f"train.chunk={chunk}: the training split takes {size / 1e9:.3g} GB on the device, more than the {_SHARE * memory / 1e9:.3g} GB that are "

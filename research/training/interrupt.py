@@ -4,19 +4,24 @@ import contextlib
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
+from typing import ClassVar
 
 
 class Interrupt:
     """Whether the process was asked to stop.
 
     `asked` is the signal's name, or None. Use `listening` around the work; outside the main thread, where Python delivers no signals, it
-    does nothing.
+    does nothing, but whatever asks the main thread to stop asks all.
     """
+
+    _all: ClassVar["weakref.WeakSet[Interrupt]"] = weakref.WeakSet()
 
     def __init__(self):
         self.asked: str | None = None
         self._patient = False
+        self._all.add(self)
 
     @contextlib.contextmanager
     def listening(self, *, patient: bool) -> Iterator["Interrupt"]:
@@ -37,6 +42,7 @@ class Interrupt:
     def _receive(self, number: int, _) -> None:
         if self.asked is not None:
             os._exit(128 + number)  # asked twice: no saving, no waiting for threads
-        self.asked = signal.Signals(number).name
+        for one in list(self._all):
+            one.asked = signal.Signals(number).name
         if not self._patient:
             raise KeyboardInterrupt

@@ -1,0 +1,1 @@
+"""Sweeps: many runs of one command, in a folder that knows how each of them went."""
