@@ -44,7 +44,7 @@ $(USER_READY): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(DEVELOPER_READY): pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[dev,hub,parity]'
+	$(INSTALL) -e '.[dev,hub,parity,sweeps]'
 	@touch $(USER_READY) $@
 
 $(BIN)/python:

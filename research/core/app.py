@@ -24,7 +24,9 @@ from research.core.errors import ConfigError, Interrupted, ResearchError
 from research.core.memory import keep_freed_memory
 from research.core.nodes import leaves, plain
 from research.core.overrides import COMPOSING, Composer, explain
+from research.core.workers import take_part
 
+SHOWN = 5  # failed jobs of a multirun that its last line lists
 Verb = Callable[[DictConfig], Any]
 Arrange = Callable[[Composer, list[str], bool], tuple[list[str], bool]]
 _quiet: contextvars.ContextVar[bool] = contextvars.ContextVar("quiet", default=False)
@@ -160,7 +162,10 @@ class Jobs:
         number = None
         if known.mode is RunMode.MULTIRUN:
             number = int(known.job.num)
-            say(f"job {number}: {' '.join(overrides)}")
+            if os.getpid() != self.process and "joblib" in known.launcher.get("_target_", ""):  # others share the machine out themselves
+                jobs = known.launcher.get("n_jobs", 1)
+                take_part(known.sweep.dir, jobs if jobs > 0 else (os.cpu_count() or 1) + 1 + jobs)
+            say(f"job {number}: {' '.join(_typed(overrides))}")
         return self.attempt(config, overrides, number, prepared(config))
 
     def attempt(
@@ -183,7 +188,7 @@ class Jobs:
             if os.getpid() != self.process and not getattr(error, "recorded", False):  # the launcher of the other process brings it home
                 raise
             code, line = outcome(error, config)
-            self.failed.append((" ".join(overrides), code, line))
+            self.failed.append((" ".join(_typed(overrides)), code, line))
             if config.get("debug", {}).get("traceback"):
                 traceback.print_exception(error)
             if isinstance(error, Interrupted):
@@ -198,11 +203,17 @@ class Jobs:
             return None
         message = self.failed[0][2]
         if self.count > 1:
-            listed = "; ".join(f"[{overrides}] {line} (exit code {code})" for overrides, code, line in self.failed)
-            message = f"{len(self.failed)} of {self.count} jobs failed: {listed}"
+            listed = "; ".join(f"[{overrides}] {line} (exit code {code})" for overrides, code, line in self.failed[:SHOWN])
+            more = f"; and {len(self.failed) - SHOWN} more" if len(self.failed) > SHOWN else ""
+            message = f"{len(self.failed)} of {self.count} jobs failed: {listed}{more}"
         error = ResearchError(message)
         error.exit_code = max(code for _, code, _ in self.failed)
         return error
+
+
+def _typed(overrides: Sequence[str]) -> list[str]:
+    """The overrides that a person typed: without the folder that all jobs of a sweep share."""
+    return [line for line in overrides if not line.startswith("sweep_dir=")]
 
 
 @contextlib.contextmanager

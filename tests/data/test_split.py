@@ -39,3 +39,27 @@ def test_a_part_that_is_no_share_is_refused(part):
 def test_no_rows_at_all_are_refused():
     with pytest.raises(DataError, match=r"no rows"):
         sizes(0, validation=0.1)
+
+
+def test_folds_share_the_rows_that_the_test_set_leaves():
+    folds = [draw(103, 0, validation=f"{i}/4", test=0.2) for i in range(4)]
+    plain = draw(103, 0, validation=0, test=0.2)
+    assert sorted(np.concatenate([fold["validation"] for fold in folds]).tolist()) == plain["train"].tolist()
+    for fold in folds:
+        assert list(fold) == ["train", "validation", "test"]
+        assert fold["test"].tolist() == plain["test"].tolist()
+        assert sorted(np.concatenate(list(fold.values())).tolist()) == list(range(103))
+        assert len(fold["validation"]) in (20, 21)
+
+
+@pytest.mark.parametrize("part", ["4/4", "-1/4", "1/1", "a/b", "0.5"])
+def test_a_fold_that_is_none_is_refused(part):
+    with pytest.raises(ConfigError, match=rf"data.validation='{part}': must be a number of rows, a share in \[0, 1\), or I/N"):
+        draw(100, 0, validation=part, test=0.2)
+
+
+def test_folds_of_a_text_or_of_too_few_rows_are_refused():
+    with pytest.raises(ConfigError, match="would tear these rows apart"):
+        cut(100, validation="0/4")
+    with pytest.raises(ConfigError, match="3 rows cannot be cut into 5 folds"):
+        draw(3, 0, validation="4/5")
