@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -18,9 +19,9 @@ from rich.table import Table
 
 from research.compression.ledger import bit_width
 from research.compression.linear import Model, linear_layers
-from research.core import app
+from research.core import app, mup
 from research.core.build import build
-from research.core.config import resolved, split_values, unscanned
+from research.core.config import remodelled, resolved, split_values, unscanned
 from research.core.cost import cost, flops_by_layer
 from research.core.errors import ConfigError, DataError
 from research.core.folder import conf, experiments, write_json
@@ -29,9 +30,12 @@ from research.core.spec import Spec, abstract_batch
 from research.core.tree import UNSTACKED, paths, unstack
 from research.core.types import Objective
 from research.data.dataset import open_data
+from research.data.loader import Loader
 from research.data.random_data import random_data
+from research.figures import mup as figures
 from research.run import Run, looked_into
-from research.training.assembly import assemble, parts
+from research.training.assembly import assemble, parts, widening
+from research.training.coordinates import coordinates, slopes
 from research.training.preflight import check_memory, preflight, probe
 
 LONG = 1_000_000  # steps of a run whose length only its data would tell
@@ -76,6 +80,10 @@ def inspect(config: DictConfig) -> dict[str, Any]:
     }
     if not config.run and not hasattr(objective, "taught"):  # what a teacher needs is known once it is there
         report["training"] = _training(config)
+    if rows := _widening(tree):
+        report["widening"] = rows
+    if not config.run and config.coordinates.times is not None:
+        report["coordinates"] = _coordinates(config, tree)
     if origins is not None:
         report["origins"] = origins
     for table in _tables(report, config.taps):
@@ -116,6 +124,40 @@ def _experiment(config: DictConfig) -> tuple[dict[str, Any], Spec, None, dict[st
         config.data.spec = dict(spec)
         config.train.steps, config.train.epochs = config.train.steps or LONG, None  # how long it would be trained does not matter here
     return unscanned(resolved(config)), spec, None, {"of": config.name}
+
+
+def _widening(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row for each parameter of a maximal-update model: its kind, and by what its first values and its learning rate are multiplied."""
+    plain, _ = split_values(tree)
+    model = build(plain["model"], where="model")
+    if getattr(model, "base", None) is None:
+        return []
+    m, found = mup.multiplier(model), widening(plain)
+    factors = mup.rates(found, m, assemble(OmegaConf.create(dict(tree)), training=False).step.optimizer.rule)
+    return [{"path": path, "kind": kind, "first_values": m**-0.5 if kind == "hidden" else 1.0, "rate": factors[path]} for path, kind in found.items()]
+
+
+def _coordinates(config: DictConfig, tree: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """{parametrization: {tap: the power of the width with which its change in the first updates grows}}; drawn as a figure."""
+    model, (times, updates) = build(split_values(tree)[0]["model"], where="model"), (config.coordinates.times, config.coordinates.updates)
+    if getattr(model, "base", None) is None:
+        raise ConfigError("coordinates.times: the model has no base, so it has no maximal-update parametrization; set model.base, as to its width")
+    if len(times) < 2 or any(type(time) is not int or time < 1 for time in times) or type(updates) is not int or updates < 1:
+        raise ConfigError(
+            f"coordinates.times={list(times)}, updates={updates}: give two or more whole multiples of the base, and at least one update"
+        )
+    loader = Loader(open_data(config.data).split("train"), config.data.batch, seed=config.seed)
+    batches = [jax.tree.map(jnp.asarray, dict(loader[i])) for i in range(updates)]
+    panels: dict[str, dict[int, dict[str, float]]] = {"standard": {}, "maximal update": {}}
+    for time in times:
+        sizes = mup.resized(model, Fraction(time) / Fraction(mup.multiplier(model)))
+        for name, base in (("standard", None), ("maximal update", model.base)):
+            assembly = assemble(OmegaConf.create(remodelled(tree, **sizes, base=base)))
+            panels[name][time * model.base] = {tap: moved[-1] for tap, moved in coordinates(assembly, batches).items()}
+    title = f"{config.name}, learning rate {config.optimizer.learning_rate:g}: activations after {updates} updates"
+    figures.coordinates(panels, config.coordinates.figure, title=title, note="root mean square change")
+    app.say(f"wrote {config.coordinates.figure}")
+    return {name: slopes(by_width) for name, by_width in panels.items()}
 
 
 def _training(config: DictConfig) -> dict[str, Any]:
@@ -242,13 +284,19 @@ def _tables(report: Mapping[str, Any], taps: bool) -> list[Table]:
     training = _table("a training step", "")
     for name, value in report.get("training", {}).items():
         training.add_row(name.replace("_", " "), "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.1f}")
+    widths = _table("maximal update", "kind", "first values x", "learning rate x")
+    for row in report.get("widening", ()):
+        widths.add_row(row["path"], row["kind"], f"{row['first_values']:.4g}", f"{row['rate']:.4g}")
+    moved = _table("power of the width with which changes grow", *report.get("coordinates", ()))
+    for tap in next(iter(report.get("coordinates", {}).values()), ()):
+        moved.add_row(tap, *(f"{powers[tap]:+.2f}" for powers in report["coordinates"].values()))
     origins = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("value", "is", "written", "from"):
         origins.add_column(title, overflow="fold")
     for row in report.get("origins", ()):
         written = str(row["written"]) if isinstance(row["written"], str) and "${" in row["written"] else ""
         origins.add_row(row["path"], str(row["value"]), written, row["from"])
-    return [table for table in (arrays, products, shown, costs, training, origins) if table.row_count]
+    return [table for table in (arrays, products, shown, costs, training, widths, moved, origins) if table.row_count]
 
 
 def _merged(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

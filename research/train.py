@@ -40,6 +40,7 @@ from research.inference.evaluate import evaluate
 from research.inference.predict import predict
 from research.inference.sample import Sampling
 from research.run import Run, Weights, judging, looked_into, select, text
+from research.sweep.pruning import pruner_of
 from research.sweep.trial import REPEATS, Sweep
 from research.training import log, run, trials
 from research.training.assembly import Assembly, assemble, parts, settings
@@ -64,14 +65,15 @@ def train(config: DictConfig) -> dict[str, Any]:
     explained = looked_into(config)
     _check(config)
     path, parent = _folder(config)
+    pruning = _taken(config)
     with Interrupt().listening(patient=False) as interrupt, run.claimed(path):
         before = _before(config, path)
-        if before is not None and _is_done(path, config.train.steps):
+        if before is not None and _is_done(path, config.train.steps, pruning):
             return _nothing_to_do(path)
         training = None
         try:
-            training = Training(config, path, before, parent, interrupt, explained)
-            if before is not None and _is_done(path, training.assembly.step.steps):
+            training = Training(config, path, before, parent, interrupt, explained, pruning)
+            if before is not None and _is_done(path, training.assembly.step.steps, pruning):
                 return _nothing_to_do(path)
             return training.run()
         except BaseException as error:
@@ -133,10 +135,11 @@ def _folder(config: DictConfig) -> tuple[epath.Path, Run | None]:
 
 def _nothing_to_do(path: epath.Path) -> dict[str, Any]:
     result = run.read_result(path)
-    early = (
-        f"stopped early at step {result['step']} ({result['reason']}); resume=fork goes on" if result["status"] == "stopped_early" else "is finished"
-    )
-    app.say(f"{os.fspath(path)} {early}: nothing to do")
+    how = {
+        "stopped_early": f"stopped early at step {result['step']} ({result['reason']}); resume=fork goes on",
+        "pruned": f"was pruned at step {result['step']} ({result['reason']})",
+    }
+    app.say(f"{os.fspath(path)} {how.get(result['status'], 'is finished')}: nothing to do")
     return result
 
 
@@ -150,20 +153,29 @@ def _before(config: DictConfig, path: epath.Path) -> DictConfig | None:
     return before
 
 
-def _is_done(path: epath.Path, steps: int | None) -> bool:
-    """Whether the run in this folder has ended by itself, at this number of steps or early."""
+def _taken(config: DictConfig) -> Any:
+    """The trial's place in a search, taken out of the config: it is of this command, and no part of the run."""
+    if (pruning := config.get("pruning")) is not None:
+        with open_dict(config):
+            config.pruning = None
+    return pruning
+
+
+def _is_done(path: epath.Path, steps: int | None, pruning: Any) -> bool:
+    """Whether the run in this folder has ended by itself, at this number of steps or early; one that was pruned goes on where nothing prunes it."""
     result = run.read_result(path)
-    return result.get("status") == "stopped_early" or (result.get("status") == "finished" and result["step"] == steps)
+    early = result.get("status") == "stopped_early" or (result.get("status") == "pruned" and pruning is not None)
+    return early or (result.get("status") == "finished" and result["step"] == steps)
 
 
 def _again(path: epath.Path, config: DictConfig) -> str:
     """What a person types to go on with this folder; a fork once made is a run like any other."""
-    changes = [f"run_dir={shlex.quote(os.fspath(path))}"]
+    changes = [f"run_dir={shlex.quote(os.fspath(path))}"] if config.get("sweep_dir") is None else []
     if config.resume == "fork":
         changes += ["resume=auto", "checkpoint=latest"]
     if config.train.stop_at is not None:
         changes.append("train.stop_at=null")
-    return f"the same command with {' '.join(changes)}"
+    return f"the same command{' with ' if changes else ''}{' '.join(changes)}"
 
 
 def _told(error: BaseException, path: epath.Path, config: DictConfig) -> BaseException:
@@ -198,6 +210,7 @@ class Training:
 
     Args:    before: the config of the run that the folder holds; None: a new one.  parent: the run that this one is forked from.
              interrupt: whether the process was asked to stop, listening already.  explained: the run that this one looks into.
+             pruning: the place of this trial in a search.
     """
 
     def __init__(
@@ -208,8 +221,9 @@ class Training:
         parent: Run | None,
         interrupt: Interrupt,
         explained: Run | None = None,
+        pruning: Any = None,
     ):
-        self.config, self.path, self.parent, self.before, self.interrupt = config, path, parent, before, interrupt
+        self.config, self.path, self.parent, self.before, self.interrupt, self.pruning = config, path, parent, before, interrupt, pruning
         self._programs = programs()  # of earlier runs of this process
         self.began = False  # whether the folder has been written to
         app.say(f"run folder {os.fspath(path)}")
@@ -380,7 +394,10 @@ class Training:
             member.leave()  # goes on from between the steps of the others
         elif member is not None:
             settings, parallel = dataclasses.replace(settings, chunk=self._chunk), member.parallel()
-        return Loop(self.assembly.step, settings, parallel, self.loader, checkpoints, self.log, self._validate, clock, tuple(hooks), self.interrupt)
+        pruner = pruner_of(self.pruning, settings.eval_every, self.assembly.step.steps)
+        return Loop(
+            self.assembly.step, settings, parallel, self.loader, checkpoints, self.log, self._validate, clock, tuple(hooks), self.interrupt, pruner
+        )
 
     def _validate(self, state: State) -> dict[str, float | None]:
         return self._scores("validation", self._weights(state))

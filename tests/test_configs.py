@@ -26,10 +26,19 @@ RELEVANCE = ("right_reasons", "attention_alignment")  # objectives that read whi
 TEXT_MODELS = ("gpt", "lstm", "gpt2_124m", "gpt2_350m", "gpt_1b3", "gpt3_175b")
 MODEL_OPTIONS = {
     "perceptron": ("model.outputs=3",),
-    "mlp": ("model.width=[8,4]", "model.depth=0", "model.norm=batch", "model.norm=layer", "model.dropout=0.5", "model.activation=silu"),
+    "mlp": (
+        "model.width=[8,4]",
+        "model.base=64",
+        "model.width=[8,4] model.base=4",
+        "model.depth=0",
+        "model.norm=batch",
+        "model.norm=layer",
+        "model.dropout=0.5",
+        "model.activation=silu",
+    ),
     "cnn": (
         *("model.kernel=[5,3,1]", "model.pool=1", "model.padding=SAME", "model.hidden=[]", "model.hidden=[32,16]", "model.norm=batch"),
-        *("model.norm=layer", "model.dropout=0.5", "model.activation=gelu"),
+        *("model.norm=layer", "model.dropout=0.5", "model.activation=gelu", "model.base=8"),
     ),
     "lstm": ("model.width=[8,16]", "model.tied=true", "model.embedding=8", "model.depth=1", "model.dropout=0.5"),
     "resnet18": ("model.blocks=[1,1,1,1]", "model.hidden=8", "model.stem=imagenet", "model.zero=true", "model.activation=gelu"),
@@ -43,6 +52,8 @@ MODEL_OPTIONS = {
             "model.hidden=[8,0,8,0]",
             "model.heads=[4,2,4,2] model.head_width=16",
             "model.head_width=8",
+            "model.base=64",
+            "model.head_width=32 model.base=32",
             "model.remat=[middle,mlp/hidden]",
             "model.attention=reference",
             "model.attention=blockwise",

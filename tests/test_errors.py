@@ -395,6 +395,7 @@ def test_a_folder_that_another_process_writes(refused, command, tmp_path, classi
     assert command("train", *MLP, f"run_dir={folder}").code == 0  # a dead holder holds nothing
 
 
+@pytest.mark.slow
 def test_paths_with_spaces_and_unicode(command, tmp_path, images):
     home = tmp_path / "Übung 1 测试 'a, b'"
     home.mkdir()

@@ -72,7 +72,7 @@ def page(folder):
     return Page((folder / "explanation.html").read_text())
 
 
-@pytest.mark.parametrize("method", ["saliency", "integrated_gradients"])
+@pytest.mark.parametrize("method", [pytest.param("saliency", marks=pytest.mark.slow), "integrated_gradients"])
 def test_a_family_can_be_attributed(every_family, method, parent):
     """The contract of a family: gradients reach the input, no position that does not count gets any, and integrated ones add up."""
     run = Run(parent(every_family))
@@ -120,6 +120,7 @@ def test_a_family_is_patched_as_a_person_types_it(every_family, explain):
         assert (" after position " in words) == (len(model.outputs) == 2)
 
 
+@pytest.mark.slow
 def test_the_terminal_names_the_outputs_that_are_explained(command, parent, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # so that no row is broken
     methods = "[logit_lens,{direct_logit: {against: y}},{patching: {corrupt: abd, against: y}},{path_patching: {corrupt: abd, against: null}}]"

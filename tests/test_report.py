@@ -49,7 +49,7 @@ def test_one_row_a_run_with_the_figure(command, runs, tmp_path):
     assert list(found) == ["more/int8", "parent", "wanda"]
     assert [found["wanda"][name] for name in ("method", "bytes", "ms", "seconds", "test/accuracy")] == ["prune/wanda", "212", "4.0", "3.5", "0.9"]
     assert [found["parent"][name] for name in ("method", "bytes", "ms", "seconds")] == ["", "400", "8.0", "2.0"]  # as its children measured it
-    first = json.loads((tmp_path / "out" / "report.json").read_text())[0]
+    first = json.loads((tmp_path / "out" / "report.json").read_text())["runs"][0]
     assert (first["bytes"], first["intervals"]) == (100, {"test/accuracy": [0.5, 1.0]})
     assert (tmp_path / "out" / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert "quantize/int8" in told.out

@@ -78,7 +78,7 @@ def until(condition, process, folder, seconds=120):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("gpt") else name for name in RUNS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith(("gpt", "accumulation")) else name for name in RUNS])
 def test_stopped_at_17_and_resumed_equals_undisturbed(command, undisturbed, tmp_path, name):
     """17 is neither a log point nor an evaluation, so that the records of metrics.jsonl would show a window that was cut."""
     argv = (*RUNS[name], *QUIET)

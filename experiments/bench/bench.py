@@ -70,7 +70,15 @@ GPU = {
         "GPT 1.3B, batch 4 x 1024", "shakespeare_char_cpu", ("model.width=2048", "model.depth=24", "model.heads=16", "data.batch=4", *_GPT2)
     ),
 }
-PARTS = (*ROWS, "quickstart", "context", "devices")
+PARTS = (*ROWS, "quickstart", "context", "devices", "sweeps")
+SWEEP = ("experiment=digits_mlp", "optimizer.learning_rate=1e-4,2e-4,5e-4,1e-3,2e-3,5e-3,1e-2,2e-2", "seed=range(4)")
+LAUNCHERS = {  # name: (overrides, how many times faster the first one must be)
+    "compiled": (("hydra/launcher=compiled",), None),
+    "compiled, reuse": (("hydra/launcher=compiled", "hydra.launcher.mode=reuse"), None),
+    "compiled, vmap": (("hydra/launcher=compiled", "hydra.launcher.mode=vmap"), None),
+    "basic": ((), 8.0),
+    "joblib, 2 workers": (("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), 4.0),
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -88,7 +96,7 @@ def main(arguments: list[str]) -> int:
             for name, row in GPU.items():
                 _keep(name, _beside_torch(row, extra))
         else:
-            _keep(part, {"quickstart": _quickstart, "context": _context, "devices": _devices}[part]())
+            _keep(part, {"quickstart": _quickstart, "context": _context, "devices": _devices, "sweeps": _sweeps}[part]())
     table = json.loads(TABLE.read_text())
     MARKDOWN.write_text(markdown(table))
     print("", MARKDOWN.read_text(), sep="\n")
@@ -102,6 +110,10 @@ def verdict(part: str, entry: dict[str, Any]) -> str:
         return "FAILED"
     if part == "quickstart":
         return "met" if entry["cold_s"] <= COLD and entry["warm_s"] <= WARM else "MISSED"
+    if part == "sweeps":
+        seconds = {point["launcher"]: point["cold_s"] for point in entry["points"]}
+        met = all(seconds[name] >= bar * seconds["compiled"] for name, (_, bar) in LAUNCHERS.items() if bar is not None)
+        return "met" if met else "MISSED"
     row = ROWS.get(part)
     if row is None or row.bar is None:
         return ""
@@ -153,6 +165,29 @@ def markdown(table: dict[str, dict[str, Any]]) -> str:
             cells = [str(point["devices"]), *(f"{point[name]:,}" for name in ("bytes", "told"))]
             cells += [f"{one / point['devices']:,.0f}", f"{point['bytes'] * point['devices'] / one - 1:+.1%}", f"{point['temporary_bytes']:,}"]
             lines.append(f"| {' | '.join(cells)} |")
+    if entry := table.get("sweeps"):
+        first = entry["points"][0]
+        lines += [
+            "",
+            f"A sweep of {first['trials']} trials (`digits_mlp`, 8 rates x 4 seeds, 500 steps each), the whole command, {_place(entry)}:",
+            "",
+        ]
+        lines += ["| launcher | s, no program kept | times `compiled` | at least | s, programs kept | programs | s of a trial beside training |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for point in entry["points"]:
+            bar = LAUNCHERS[point["launcher"]][1]
+            cells = [
+                f"{point['cold_s']:.1f}",
+                f"{point['cold_s'] / first['cold_s']:.2f}",
+                "" if bar is None else f"{bar:g}",
+                f"{point['warm_s']:.1f}",
+            ]
+            lines.append(f"| {' | '.join([point['launcher'], *cells, point['told'], format(point['beside_s'], '.2f')])} |")
+        lines += [
+            "",
+            f"Bars: {verdict('sweeps', entry)}. A step is compiled for its content, and rates and seeds are values of it: so `basic`, too, compiles",
+        ]
+        lines += ["once for all its jobs, and each worker of `joblib` once for its own."]
     return "\n".join(lines) + "\n"
 
 
@@ -262,6 +297,33 @@ def device_points() -> None:
         temporary = program.memory_analysis().temp_size_in_bytes
         points.append({"devices": count, "bytes": held, "told": told, "temporary_bytes": temporary})
     print(json.dumps(points))
+
+
+def _sweeps() -> dict[str, Any]:
+    """Seconds of one command with each launcher: with an empty cache of programs of its own, and with what that left there."""
+    points = []
+    for name, (overrides, _) in LAUNCHERS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            cold, _, _ = _swept(pathlib.Path(folder), "cold", overrides)
+            warm, trials, told = _swept(pathlib.Path(folder), "warm", overrides)
+        beside = sorted(trial["seconds"] - trial["result"]["train_s"] - trial["result"]["compile_s"] for trial in trials)
+        points.append({"launcher": name, "cold_s": cold, "warm_s": warm, "trials": len(trials), "beside_s": beside[len(beside) // 2], "told": told})
+        print(points[-1], flush=True)
+    return {"points": points}
+
+
+def _swept(folder: pathlib.Path, name: str, overrides: tuple[str, ...]) -> tuple[float, list[dict[str, Any]], str]:
+    """(seconds, trials with their results, what the launcher said of its programs) of one sweep."""
+    settings = (f"sweep_dir={folder / name}", f"cache.folder={folder / 'programs'}")
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+    command, start = [sys.executable, "-m", "research.train", "-m", *SWEEP, *overrides, *settings], time.perf_counter()
+    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(f"error: {' '.join(command)} ended with code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+    last = {line["trial"]: line for line in map(json.loads, (folder / name / "ledger.jsonl").read_text().splitlines())}
+    trials = [{**line, "result": json.loads((folder / name / line["run"] / "result.json").read_text())} for line in last.values()]
+    return seconds, trials, next((line for line in done.stderr.splitlines() if "of one program" in line), "")
 
 
 def _assembled(context: int, *overrides: str) -> Any:

@@ -112,7 +112,8 @@ def place(source: Source, chunk: int = 1) -> Source:
     else:
         return source
     if size <= _SHARE * memory:
-        return shared(("held", id(source), str(jax.config.jax_default_device)), lambda: (source, held()))[1]  # the source too: no other gets its id
+        device = str(jnp.zeros(()).device)  # where what is made now lies
+        return shared(("held", id(source), device), lambda: (source, held()))[1]  # the source too: no other gets its id
     if chunk > 1:
         raise ConfigError(
             f"train.chunk={chunk}: the training split takes {size / 1e9:.3g} GB on the device, more than the {_SHARE * memory / 1e9:.3g} GB that are "

@@ -1,6 +1,5 @@
 """One page that shows explanations: a single HTML file that needs nothing else."""
 
-import base64
 import html
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,17 +8,7 @@ import numpy as np
 
 from research.explanation.result import Attribution, Result, one_each
 from research.figures import explanation as draw
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; border-top: 1px solid #e4e7eb; padding-top: 1rem; } h3 { font-size: .95rem; margin-bottom: .2rem; }
-.side { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; } .side > div { max-width: 100%; } img { max-width: 100%; }
-.tokens { font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-.tokens span { border-radius: 3px; padding: 1px 0; }
-table { border-collapse: collapse; font-size: 13px; } td, th { padding: 2px 10px 2px 0; text-align: left; vertical-align: top; }
-th { color: #7b8794; }
-.warning { color: #c53030; } .faint { color: #7b8794; font-size: 13px; }
-"""
+from research.figures import html as shell
 
 
 def page(title: str, results: Sequence[Result], *, facts: Mapping[str, Any], warnings: Sequence[str] = ()) -> str:
@@ -43,10 +32,7 @@ def page(title: str, results: Sequence[Result], *, facts: Mapping[str, Any], war
             parts.append(f'<h2>{html.escape(result.method)}</h2><div class="side">{blocks}</div>')
     for result in results:
         parts.append(f"<h3>{html.escape(result.method)}</h3>{_mapping({**result.settings, **_short(result.summary())})}")
-    body = "\n".join(parts)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n{body}\n</html>\n'
-    )
+    return shell.document(title, "\n".join(parts))
 
 
 def _panel(panel: draw.Panel) -> str:
@@ -55,8 +41,7 @@ def _panel(panel: draw.Panel) -> str:
         return title + _tokens(panel)
     if isinstance(panel, draw.Rows):
         return title + _table(panel)
-    data = base64.b64encode(draw.png(panel)).decode()
-    return f'<img alt="{html.escape(panel.title, quote=True)}" src="data:image/png;base64,{data}" style="zoom:.58">'
+    return shell.image(draw.png(panel), panel.title)
 
 
 def _tokens(panel: draw.Tokens) -> str:

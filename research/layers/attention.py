@@ -23,7 +23,7 @@ class Attention(nn.Module):
     Args:    heads: query heads.  kv_heads: key and value heads; divides heads.  head_width: k, of each head.
              rotary: whether queries and keys are rotated by their position.  bias: whether the four projections have one.
              scale: standard deviation of the initial kernels.  out_scale: that of the output projection.  dtype: compute type.
-             attention: the form of the computation, as `causal_attention` takes it.
+             attention: the form of the computation, as `causal_attention` takes it.  factor: what queries are multiplied by after their tap.
     Source:  Vaswani et al. 2017; shared key heads: Ainslie et al. 2023.
     """
 
@@ -36,6 +36,7 @@ class Attention(nn.Module):
     out_scale: float = 0.02
     dtype: str = "float32"
     attention: str = "auto"
+    factor: float = 1.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"], positions: Int[Array, "#b t"]) -> tuple[Float[Array, "b t d"], dict[str, Any]]:
@@ -47,6 +48,7 @@ class Attention(nn.Module):
         if self.rotary:
             query, key = rotate(query, positions), rotate(key, positions)
         query, key, value = tap(self, taps, "query", query), tap(self, taps, "key", key), tap(self, taps, "value", value)
+        query = query if self.factor == 1 else query * self.factor
         cached = self.has_variable("cache", "key")
         if cached:
             key, value = self._remember("key", key, positions), self._remember("value", value, positions)

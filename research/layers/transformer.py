@@ -26,7 +26,7 @@ class Block(nn.Module):
     Args:    heads, kv_heads, head_width, rotary: as `Attention` takes them.  hidden, activation: as `FeedForward` takes them.
              norm: "layer" or "rms".  bias: whether projections and norms have one.  dropout: rate; None: read from hyper.
              scale: standard deviation of the initial kernels.  out_scale: that of the two projections whose outputs are added.
-             dtype: compute type.  attention: the form of the computation, as `causal_attention` takes it.
+             dtype: compute type.  attention: the form of the computation, as `causal_attention` takes it.  factor: of queries.
     Source:  Radford et al. 2019 (norm before, not after).
     """
 
@@ -43,6 +43,7 @@ class Block(nn.Module):
     out_scale: float = 0.02
     dtype: str = "float32"
     attention: str = "auto"
+    factor: float = 1.0
 
     @nn.compact
     def __call__(
@@ -51,7 +52,8 @@ class Block(nn.Module):
         """(the residual stream after this block, taps: those of attention, mlp and the norms, middle, output)."""
         taps: dict[str, Any] = {}
         shared = {"bias": self.bias, "scale": self.scale, "out_scale": self.out_scale, "dtype": self.dtype}
-        attention = Attention(self.heads, self.kv_heads, self.head_width, self.rotary, **shared, attention=self.attention, name="attention")
+        how = {"attention": self.attention, "factor": self.factor}
+        attention = Attention(self.heads, self.kv_heads, self.head_width, self.rotary, **shared, **how, name="attention")
         drop = functools.partial(_drop, rate=self.dropout, index=index, hyper=hyper, train=train)
 
         added, inner = attention(normalize(self.norm, "attention_norm", x, bias=self.bias, taps=taps), positions)

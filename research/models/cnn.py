@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from research.core import mup
 from research.core.axis import constrain
 from research.core.errors import ConfigError
 from research.core.types import Hyper
@@ -32,6 +33,7 @@ class CNN(nn.Module):
              "SAME".  hidden: units of each dense layer before the head.  activation: name of the activation.
              norm: None, "batch" or "layer", before each convolution's activation.  dropout: rate after each dense layer; None: read from hyper.
              dtype: compute type.
+             base: channels of the first convolution at which a maximal-update model equals the standard one; None: standard at any width.
     Raises:  ValueError: sizes that do not fit each other, or an unknown name.
     """
 
@@ -45,18 +47,31 @@ class CNN(nn.Module):
     norm: str | None = None
     dropout: float | None = 0.0
     dtype: str = "float32"
+    base: int | None = None
 
     def __post_init__(self):
         _layers(self)
         per_block(self.hidden, len(self.hidden), "hidden")
+        mup.check(self.base, self.grows)
         activation(self.activation)
         check_norm(self.norm)
         one_of(self.padding, ("VALID", "SAME"), "padding")
         super().__post_init__()
 
+    @nn.nowrap
+    def init(self, *args: Any, **kwargs: Any) -> Any:
+        """As linen's, at the sizes that `base` asks for."""
+        return mup.started(self, super().init(*args, **kwargs), mup.glorot, *args, **kwargs)
+
+    @property
+    def grows(self) -> mup.Sizes:
+        """The arguments that widen together."""
+        return {"channels": self.channels, "hidden": self.hidden}
+
     @property
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """The arguments that say how many units each layer has, one number a layer."""
+        mup.check_held(self)
         return {"channels": self.channels, "hidden": self.hidden}
 
     @nn.compact
@@ -86,6 +101,8 @@ class CNN(nn.Module):
             x = self._dense(f"dense_{i}", width, x)
             x = tap(self, taps, f"hidden_{i}", act(x))
             x = Dropout(self.dropout, name=f"dropout_{i}")(x, index=index, hyper=hyper or {}, train=train)
+        if (m := mup.multiplier(self)) != 1:
+            x = x / m
         x = self._dense("head", self.outputs, x)
         return tap(self, taps, "logits", x.astype(jnp.float32)), taps
 

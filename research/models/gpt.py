@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from research.core import mup
 from research.core.axis import constrain
 from research.core.errors import ConfigError
 from research.core.tree import STACKED, UNSTACKED, unstack
@@ -49,6 +50,8 @@ class GPT(nn.Module):
              again.  "dots": the results of projections.  Names of taps inside a block, as ("middle", "mlp/hidden"): these.
              attention: "auto", "reference", "blockwise", "cudnn" or "splash": the form of the computation, as `causal_attention` takes it.
              dtype: compute type.
+             base: the width at which a maximal-update model equals the standard one; None: standard at any width. Where head_width is None the
+             number of heads is held and heads widen, else heads of that width become more.
     Raises:  ValueError: sizes that do not fit each other, or an unknown name.
     """
 
@@ -70,6 +73,7 @@ class GPT(nn.Module):
     remat: str | tuple[str, ...] = "none"
     attention: str = "auto"
     dtype: str = "float32"
+    base: int | None = None
 
     def __post_init__(self):
         _check(self)
@@ -77,9 +81,9 @@ class GPT(nn.Module):
 
     @nn.nowrap
     def init(self, *args: Any, **kwargs: Any) -> Any:
-        """As linen's, but blocks of one size are drawn in a scan: one block to compile, and the same numbers whether `scan` is set or not."""
+        """As linen's, as large as `base` asks; blocks of one size are drawn in a scan: one block to compile, and the same numbers without `scan`."""
         if self.scan or not _uniform(self):
-            return super().init(*args, **kwargs)
+            return mup.started(self, super().init(*args, **kwargs), mup.constant, *args, **kwargs)
         return unstack(self.clone(scan=True).init(*args, **kwargs))
 
     @nn.compact
@@ -107,6 +111,8 @@ class GPT(nn.Module):
         x, inner = self._run(x, positions, index=index, hyper=hyper, train=train)
         taps |= inner
         x = tap(self, taps, "normalized", normalize(self.norm, "norm", x, bias=self.bias, taps=taps))
+        if (m := mup.multiplier(self)) != 1:
+            x = x / m
         if self.tied:
             logits = embedding.attend(x)
         else:
@@ -114,11 +120,18 @@ class GPT(nn.Module):
         return tap(self, taps, "logits", logits.astype(jnp.float32)), taps
 
     @property
+    def grows(self) -> mup.Sizes:
+        """The arguments that widen together: heads where their width is held."""
+        names = ("width", "hidden") if self.head_width is None else ("width", "hidden", "heads", "kv_heads")
+        return {name: size for name in names if (size := getattr(self, name)) is not None}
+
+    @property
     def sizes(self) -> dict[str, int | tuple[int, ...]]:
         """The arguments that say how many units each block has, one number a block, and `head_width`, which they no longer imply.
 
         Query heads that share key heads are not among them: they cannot go one by one.
         """
+        mup.check_held(self)
         sizes = _sizes(self)
         hidden: dict[str, int | tuple[int, ...]] = (
             {"hidden": tuple(size["hidden"] for size in sizes)} if any(size["hidden"] for size in sizes) else {}
@@ -130,7 +143,8 @@ class GPT(nn.Module):
     @nn.nowrap
     def head(self, params: Tree) -> Float[Array, "d v"]:
         """The matrix that turns the tap `normalized` into logits, picked from the parameters."""
-        return params["token"]["embedding"].T if self.tied else params["head"]["kernel"]
+        matrix = params["token"]["embedding"].T if self.tied else params["head"]["kernel"]
+        return matrix if (m := mup.multiplier(self)) == 1 else matrix / m
 
     @nn.nowrap
     def empty_cache(self, rows: int, length: int) -> dict[str, Any]:
@@ -168,7 +182,7 @@ class GPT(nn.Module):
         if self.positions == "learned":
             return x + Embedding(self.time, self.width, SCALE, self.dtype, axis=None, name="position")(positions)
         if self.positions == "sinusoidal":
-            return x * self.width**0.5 + sinusoidal(positions, self.width).astype(x.dtype)
+            return x * (self.base or self.width) ** 0.5 + sinusoidal(positions, self.width).astype(x.dtype)
         return x
 
     def _run(self, x, positions, **how):
@@ -201,6 +215,7 @@ class GPT(nn.Module):
             out_scale=SCALE / (2 * self.depth) ** 0.5,
             dtype=self.dtype,
             attention=self.attention,
+            factor=1.0 if self.head_width is not None else mup.multiplier(self) ** -0.5,  # divided by the head width, not by its root
             name=name,
         )
 
@@ -239,6 +254,7 @@ def _uniform(model: GPT) -> bool:
 
 def _check(model: GPT) -> None:
     sizes = _sizes(model)
+    mup.check(model.base, model.grows, {} if model.head_width is not None else {"head_width": sizes[0]["head_width"]})
     one_of(model.positions, POSITIONS, "positions")
     one_of(model.norm, ("layer", "rms"), "norm")
     one_of(model.attention, FORMS, "attention")

@@ -18,11 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from research.core import app
 from research.core.config import COMPARED, LEARNING_RATE, fingerprint
 from research.core.errors import ConfigError, ResearchError, nearest
-from research.core.shared import sharing
+from research.core.shared import shared, sharing
 from research.core.spec import abstract_batch
 from research.data.dataset import open_data
 from research.data.loader import Loader
 from research.data.on_device import place
+from research.sweep.ledger import DONE, FAILED, Ledger
 from research.training import trials
 from research.training.assembly import Assembly, assemble
 from research.training.interrupt import Interrupt
@@ -92,7 +93,11 @@ def launch(jobs: app.Jobs, ready: Sequence[Ready], *, mode: str = "auto", rows: 
             with app.silence(), board.running(job) as ended:
                 results[job.number] = ended(jobs.attempt(job.config, job.overrides, job.number))
 
-        for group in _groups(ready):
+        told = {job.number for job in ready if _is_told(job)}
+        for job in ready:
+            if job.number in told:
+                attempt(job)
+        for group in _groups([job for job in ready if job.number not in told]):
             way = _way(group, mode, rows)
             over = devices if mode in ("auto", "shard") and len(group) > 1 and len(devices) > 1 and _alone(group[0].config) is None else devices[:1]
             board.say(_told(group, way, len(over)))
@@ -153,6 +158,15 @@ def _threads(work: Sequence[Callable[[], None]]) -> None:
             thread.join()
     if errors:
         raise errors[0]
+
+
+def _is_told(job: Ready) -> bool:
+    """Whether the ledger has the end of this trial already, so that there is nothing to run."""
+    if job.config.get("sweep_dir") is None:
+        return False
+    name = fingerprint(job.config)[:12]
+    states = {trial.state for trial in shared(("ledger", job.config.sweep_dir), Ledger(job.config.sweep_dir).trials) if trial.trial == name}
+    return bool(states & {*DONE, *(() if job.config.retry else FAILED)})
 
 
 def _groups(ready: Sequence[Ready]) -> list[list[Ready]]:
@@ -303,15 +317,18 @@ class _Board:
     @contextlib.contextmanager
     def running(self, job: Ready) -> Iterator[Callable[[Any], Any]]:
         """Around a trial; what is yielded is told the result and gives it back."""
-        began, told = time.perf_counter(), []
+        began, told, text = time.perf_counter(), [], "failed"
         try:
             yield lambda result: told.append(result) or result
+        except BaseException:
+            text = "interrupted"
+            raise
         finally:
-            result, seconds = told[0] if told else None, time.perf_counter() - began
+            if told and told[0] is not None:
+                text = f"{told[0]['status'].replace('_', ' ')}: {_score(told[0])}"
+            line = f"trial {job.number} of {self._count} [{self._names[job.number]}] {text} ({time.perf_counter() - began:.1f} s)"
             with self._lock:
                 self._bar.advance(self._task)
-                text = "failed" if result is None else f"{result['status'].replace('_', ' ')}: {_score(result)}"
-                line = f"trial {job.number} of {self._count} [{self._names[job.number]}] {text} ({seconds:.1f} s)"
                 self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

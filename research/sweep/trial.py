@@ -1,5 +1,6 @@
 """A multirun of `research.train` as a sweep: every job is a trial with a folder of its own, and the ledger knows how each went."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -12,17 +13,18 @@ from typing import Any
 
 from etils import epath
 from omegaconf import DictConfig, open_dict
+from rich.console import Console
 
 from research.core import app
 from research.core.config import compose, fingerprint
-from research.core.errors import ConfigError, DivergedError, Interrupted
+from research.core.errors import ConfigError, DivergedError, Interrupted, ResearchError
 from research.core.overrides import Composer
 from research.sweep.ledger import DONE, FAILED, Ledger, Trial
 from research.training import run
 
 Verb = Callable[[DictConfig], dict[str, Any]]
 REPEATS = {"seeds": "seed=range({})", "k_fold": "data.validation={}"}  # a number of runs of one setting -> what differs between them
-_FREE = re.compile(r"[+~]*(hydra[./]|sweep_dir=|retry=|pruning|debug[.=])")  # overrides that do not make another sweep
+FREE = re.compile(r"[+~]*(hydra[./]|sweep_dir=|retry=|pruning|debug[.=])")  # overrides that do not make another sweep
 
 
 @dataclasses.dataclass
@@ -51,7 +53,7 @@ class Sweep:
                 self.folder = folder.strip("'\"")
             else:
                 config = compose(composer.first(checked), composer.verb)
-                digest = hashlib.sha256("\n".join(sorted(line for line in checked if not _FREE.match(line))).encode()).hexdigest()[:6]
+                digest = hashlib.sha256("\n".join(sorted(line for line in checked if not FREE.match(line))).encode()).hexdigest()[:6]
                 self.folder = os.path.join(config.paths.sweeps, f"{config.name}-{digest}")
                 checked = [*checked, f"sweep_dir='{self.folder}'"]
             checked = [line for line in checked if not line.startswith("hydra.sweep.dir=")] + [f"hydra.sweep.dir='{self.folder}'"]
@@ -76,13 +78,14 @@ class Sweep:
         ledger, name = Ledger(config.sweep_dir), fingerprint(config)[:12]
         if self._known is None:
             self._known = {trial.trial: trial for trial in ledger.trials()}
-        overrides = tuple(line for line in job.overrides if not _FREE.match(line))
+        overrides = tuple(line for line in job.overrides if not FREE.match(line))
         path, typed = epath.Path(config.sweep_dir) / name, " ".join(overrides)
         if (other := self.began.get(name)) is not None:
             raise ConfigError(f"[{typed}] is the same run as [{other}]: what differs between them does not make another run")
         self.began[name] = typed
         before = self._known.get(name)
-        if before is not None and before.state in DONE and (result := run.read_result(path)).get("status") == before.state:
+        goes_on = before is not None and before.state == "pruned" and config.get("pruning") is None  # nothing prunes it any more
+        if before is not None and before.state in DONE and not goes_on and (result := run.read_result(path)).get("status") == before.state:
             app.say(f"{path} is {before.state.replace('_', ' ')}: nothing to do")
             return result
         if before is not None and before.state in FAILED and not config.retry:
@@ -110,6 +113,7 @@ class Sweep:
         """
         if self.folder is None or not (trials := Ledger(self.folder).trials()):
             return code
+        _compare(self.folder)
         counts = {state: sum(trial.state == state for trial in trials) for state in dict.fromkeys(trial.state for trial in trials)}
         app.say(f"{len(trials)} trials: " + ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in counts.items()))
         app.say(f"next: python -m research.report sweep={self.folder}")
@@ -120,6 +124,18 @@ class Sweep:
         told = f"the first: [{' '.join(missed[0].overrides)}] {missed[0].reason or 'was killed; the same command goes on with it'}"
         print(f"error: {len(missed)} of {len(trials)} trials failed, {told}", file=sys.stderr, flush=True)
         return worst.code or 1
+
+
+def _compare(folder: str) -> None:
+    """Prints the settings with their means and intervals, where there is something to compare."""
+    from research.sweep import comparison, page, settings  # here: figures need not be imported to begin a sweep
+
+    with contextlib.suppress(ResearchError):  # no trial has finished, say; the ledger tells how each went
+        compared = comparison.compare(settings.trials(folder))
+        console = Console(markup=False, highlight=False)
+        if len(compared.outcomes) > 1:
+            console.print(page.printed(compared, console.width))
+            console.print(compared.verdict(), soft_wrap=True)
 
 
 def _recorded(error: BaseException, code: int) -> BaseException:

@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import jax
 from omegaconf import DictConfig
 
+from research.core import mup
 from research.core.build import build
-from research.core.config import split_values
+from research.core.config import remodelled, split_values
 from research.core.errors import ConfigError, nearest
 from research.core.spec import abstract_batch, zero_batch
 from research.core.types import State, Tree
@@ -89,15 +91,19 @@ def assemble(config: DictConfig, *, batches: int | None = None, training: bool =
     Raises:  ConfigError: any part of the config that cannot be built, or a schedule that does not fit into the run.
     """
     plain, hyper = split_values(config)
-    build(plain["model"], where="model")  # the objective builds its own; this one tells a bad value under the name that the user knows
+    model = build(plain["model"], where="model")  # the objective builds its own; this one tells a bad value under the name that the user knows
     train = settings(config).resolved(batches or 1)
     parallel = build(plain["parallel"], where="parallel") if training else Jit()
     prefix = "optimizer."
     values = tuple(sorted({path.removeprefix(prefix) for path in train.values if path.startswith(prefix)} | {"learning_rate"}))
     sparsify = None if train.sparsify is None else dataclasses.replace(train.sparsify, steps=train.steps or 1)
+    optimizer = Optimizer.from_config(plain["optimizer"], values=values, clip=train.clip, sparsify=sparsify, ema=train.ema)
+    if training and getattr(model, "base", None) is not None:
+        found = mup.rates(widening(plain), mup.multiplier(model), optimizer.rule)
+        optimizer = dataclasses.replace(optimizer, rates=tuple((path, rate) for path, rate in found.items() if rate != 1))
     step = Step(
         objective=build(plain["objective"], where="objective"),
-        optimizer=Optimizer.from_config(plain["optimizer"], values=values, clip=train.clip, sparsify=sparsify, ema=train.ema),
+        optimizer=optimizer,
         schedule=build(plain["schedule"], where="schedule"),
         steps=train.steps or 0,
         accumulate=train.accumulate,
@@ -110,6 +116,25 @@ def assemble(config: DictConfig, *, batches: int | None = None, training: bool =
     if train.chunk > 1:
         parallel.train_chunk(step)  # nothing is compiled; a layout that has none says so
     return Assembly(step, hyper, train, parallel, plain["data"]["spec"], config.seed)
+
+
+def widening(config: Mapping[str, Any]) -> dict[str, str]:
+    """{path: how it grows with the model's width, as `mup.kinds` says} of the parameters that the model has in its objective.
+
+    What an objective trains beside the model, as the features of a sparse autoencoder, is not among them.
+
+    Args:    config: as `split_values` gives it.
+    """
+    model, batch = build(config["model"], where="model"), abstract_batch(config["data"]["spec"], 1)
+
+    def shapes(config: Mapping[str, Any]) -> Tree:
+        objective: Any = build(config["objective"], where="objective")
+        while hasattr(objective, "objective"):  # what wraps another adds to its loss, or takes its parameters apart
+            objective = objective.objective
+        same = getattr(objective, "module", None) == build(config["model"], where="model")
+        return jax.eval_shape(objective.init, jax.random.key(0), batch)[0] if same else {}
+
+    return mup.kinds(shapes(config), shapes(remodelled(config, **mup.resized(model, Fraction(2)))))
 
 
 def _missing(name: str, spec: Mapping[str, Any], objective: str) -> str:

@@ -106,7 +106,7 @@ class Batches(Protocol):
 
 @dataclasses.dataclass
 class Outcome:
-    """How a run ended: `status` is finished, stopped_early or interrupted."""
+    """How a run ended: `status` is finished, stopped_early, pruned or interrupted."""
 
     state: State
     host: dict[str, Any]
@@ -125,6 +125,7 @@ class Loop:
 
     Args:    evaluate: state -> means of the validation split, {} where there is none.  hooks: called as hook(state, step) after each
              evaluation, for samples and figures.  interrupt: whether the process was asked to stop, from before the loop on.
+             pruner: (step, scores of an evaluation) -> why the run ends there, None where it goes on; {} asks what was decided before.
     """
 
     step: Step
@@ -137,6 +138,7 @@ class Loop:
     clock: Clock
     hooks: tuple[Callable[[State, int], None], ...] = ()
     interrupt: Interrupt = dataclasses.field(default_factory=Interrupt)
+    pruner: Callable[[int, Mapping[str, float | None]], str | None] | None = None
 
     def run(self, state: State, frozen: Tree, host: dict[str, Any]) -> Outcome:
         """Goes on from this state to the end of the schedule, to `stop_at`, to the end of patience, or until a signal asks to stop.
@@ -163,7 +165,8 @@ class Loop:
         else:
             train, fetched = self.parallel.train_chunk(self.step), self.batches.chunks(at, stop, chunk)
         self._kinds: dict[str, Any] = {}  # of what the step is given
-        ended = self._out_of_patience() if start else None  # the run may have been killed between its last checkpoint and its result
+        # the run may have been killed between its last checkpoint and its result
+        ended = self._out_of_patience() or self._pruned(start, {}) if start else None
         with self.interrupt.listening(patient=True) as interrupt:
             while True:
                 improved = False
@@ -223,13 +226,17 @@ class Loop:
             self._host["bad_evaluations"] += 1
         shown = {name: value for name, value in {**self._latest, **scores}.items() if value is not None and not name.startswith(_QUIET)}
         self.log.line(f"step {at}: " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
-        return self._reschedule(live, value), improved, self._out_of_patience()
+        return self._reschedule(live, value), improved, self._out_of_patience() or self._pruned(at, {**self._latest, **scores})
 
     def _out_of_patience(self) -> tuple[str, str] | None:
         patience = self.settings.patience
         if patience is None or self._host["bad_evaluations"] < patience:
             return None
         return "stopped_early", f"{self.settings.monitor} did not improve in {patience} evaluations"
+
+    def _pruned(self, at: int, scores: Mapping[str, float | None]) -> tuple[str, str] | None:
+        reason = self.pruner and self.pruner(at, scores)
+        return ("pruned", reason) if reason else None
 
     def _monitored(self, scores: Mapping[str, float | None]) -> float | None:
         known = {**self._latest, **scores}

@@ -53,6 +53,8 @@ class Optimizer:
              clip: largest global norm of the gradient; None: no clipping.
              sparsify: which weights live; the others are exactly zero after each update. None: all.
              ema: decay of the running average of the weights; None: none.
+             rates: (path, what the learning rate of this parameter is multiplied by), of those whose is not 1; decoupled or not, its weight decay is
+             that of all others: learning rate x decay.
     """
 
     factory: Callable[..., optax.GradientTransformation]
@@ -61,6 +63,7 @@ class Optimizer:
     clip: float | None = None
     sparsify: Sparsify | None = None
     ema: float | None = None
+    rates: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
         _check({name: value for name, value in self.arguments if value is not None})
@@ -123,7 +126,8 @@ class Optimizer:
             grads = masks.keep(grads)  # moments and norms are those of a model that has no other weights
         if self.clip is not None:
             grads, _ = optax.clip_by_global_norm(self.clip).update(grads, optax.EmptyState())
-        updates, inner = _per_layer(self._transform(values).update, grads, opt.inner, params)
+        updates, inner = _per_layer(self._transform(values).update, grads, opt.inner, self._rated(params, -1))  # only weight decay reads those
+        updates = self._rated(updates, 1)
         if masks is not None:
             updates = masks.land(updates, params)
         average = self._averaged(opt.average, optax.apply_updates(params, updates))
@@ -134,6 +138,22 @@ class Optimizer:
     def average(self, opt: OptimizerState) -> Tree | None:
         """The running average of the weights, shaped as the parameters; None where there is none."""
         return None if opt.average is None else opt.average.params
+
+    @property
+    def rule(self) -> str:
+        """How its updates grow with the gradient, a name in `mup.RULES`.
+
+        Raises:  ConfigError: an optimizer of which that is not known.
+        """
+        if self.factory not in _RULES:
+            known = ", ".join(sorted(factory.__name__ for factory in _RULES))
+            raise ConfigError(f"optimizer: no maximal-update rule is known for {self.factory.__name__}, only for {known}; or use model.base=null")
+        return _RULES[self.factory]
+
+    def _rated(self, tree, power):
+        """The tree with each leaf times its rate to this power."""
+        rates = dict(self.rates)
+        return map_paths(lambda path, x: x * rates[path] ** power if path in rates else x, tree) if rates else tree
 
     def _transform(self, values):
         return self.factory(**dict(self.arguments), **values)
@@ -252,6 +272,9 @@ def chain(learning_rate: float | Array, transforms: tuple[Any, ...]) -> optax.Gr
     """
     made = (build(thaw(node), where=f"optimizer.transforms[{i}]") for i, node in enumerate(transforms))
     return optax.chain(*made, optax.scale_by_learning_rate(learning_rate))
+
+
+_RULES = {**dict.fromkeys((optax.adam, optax.adamw, optax.lion, optax.adagrad, optax.rmsprop), "adam"), sgd: "sgd"}
 
 
 def _check(values: Mapping[str, Any]) -> None:

@@ -23,6 +23,9 @@ _member: "contextvars.ContextVar[Member | None]" = contextvars.ContextVar("membe
 class Together:
     """Runs that take each step at the same time: the last one to arrive runs the program for all.
 
+    What a run does between its steps it does while the others wait: threads that take turns by themselves are faster than those among which
+    Python switches every few milliseconds.
+
     The program has a fixed number of rows, one for each run. A run that has ended, failed or never begun leaves: its row then repeats
     another's, which nobody reads, so nothing is compiled anew and nobody waits for it.
 
@@ -34,26 +37,26 @@ class Together:
         self._active: set[int] = set()
         self._waiting: dict[int, tuple[Any, ...]] = {}
         self._results: dict[int, tuple[Any, ...] | BaseException] = {}
-        self._turn = threading.Condition()
+        self.turn = threading.Condition()
 
     def member(self, row: int) -> "Member":
         """The place of one run, taken at once: the others wait for it from now on."""
-        with self._turn:
+        with self.turn:
             self._active.add(row)
         return Member(self, row)
 
     def leave(self, row: int) -> None:
         """Ends the part that a run takes; safe to call twice."""
-        with self._turn:
+        with self.turn:
             self._active.discard(row)
             self._run_if_all()
 
     def call(self, row: int, program: Callable[..., Any], step: Step, state: State, *fed: Any) -> Any:
         """This run's part of one call of the program, once all have come to it."""
-        with self._turn:
+        with self.turn:
             self._waiting[row] = (program, step, state, *fed)
             self._run_if_all()
-            self._turn.wait_for(lambda: row in self._results)
+            self.turn.wait_for(lambda: row in self._results)
             result = self._results.pop(row)
         if isinstance(result, BaseException):
             raise result
@@ -76,7 +79,7 @@ class Together:
             self._results |= {row: (new[i], metrics[i]) for i, row in enumerate(waiting)}
         except BaseException as error:
             self._results |= dict.fromkeys(waiting, error)
-        self._turn.notify_all()
+        self.turn.notify_all()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,11 +96,12 @@ class Member:
     def taking_part(self) -> Iterator[None]:
         """Makes this the place of the run in this thread, and leaves at the end, however it ends."""
         token = _member.set(self)
-        try:
-            yield
-        finally:
-            _member.reset(token)
-            self.leave()
+        with self.together.turn:  # given up in `call` alone
+            try:
+                yield
+            finally:
+                _member.reset(token)
+                self.leave()
 
     def leave(self) -> None:
         """Ends this run's part: it goes on alone, or is over."""
