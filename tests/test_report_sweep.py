@@ -277,7 +277,7 @@ def test_a_sweep_without_a_finished_trial_or_of_two_experiments_is_refused(comma
 
 @pytest.mark.slow
 def test_five_hundred_trials_take_less_than_ten_seconds(command, tmp_path):
-    """On a quiet machine about 5; the processor's time is held against the bar, since others may share the machine."""
+    """The processor's time is held against the bar, since others may share the machine."""
     rates = [float(rate) for rate in np.geomspace(1e-4, 1e-1, 10)]
     swept = {"optimizer.learning_rate": rates, "model.width": [8, 16, 32, 64, 128], "schedule.warmup": [0, 10]}
     folder = planted(tmp_path / "sweep", swept, range(5), around, steps=20)

@@ -342,11 +342,11 @@ def iso_flop(
     left.plot(*optima.T, color=style.ORANGE, linewidth=1.2, marker="D", markersize=5, linestyle="--", zorder=4, label="best size")
     left.set_xscale("log")
     low, high = min(runs[:, 2].min(), optima[:, 1].min()), runs[:, 2].max()
-    left.set_ylim(float(low - 0.08 * (high - low)), float(high + 0.3 * (high - low)))
+    left.set_ylim(float(low - 0.4 * (high - low)), float(high + 0.3 * (high - low)))
     left.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.4g}"))
     style.tidy(left, x="parameters", y=metric.replace("_", " "), note="curves of equal FLOPs, and the runs nearest to each", grid="both")
     legend = {"facecolor": "white", "edgecolor": "none", "framealpha": 0.85, "fontsize": 8, "labelcolor": style.INK}
-    left.legend(**legend, title="FLOPs", title_fontsize=8.5, loc="lower left", ncols=2)
+    left.legend(**legend, title="FLOPs", title_fontsize=8.5, loc="lower left", ncols=3)
     flops, size, interval = band
     right.fill_between(flops, *interval.T, color=style.BLUE, alpha=0.16, linewidth=0, label="95 % interval")
     right.plot(flops, size, color=style.BLUE, linewidth=2.0, label="best size")

@@ -10,14 +10,12 @@ from etils import epath
 from rich.console import Console
 from rich.table import Table
 
-from research.compression import ledger as measure
 from research.core import app
 from research.core.errors import ConfigError, ResearchError, nearest
 from research.core.folder import read_json
 from research.core.nodes import descend
 from research.core.spec import zero_batch
 from research.figures.compression import pareto, short
-from research.run import Run
 from research.sweep.comparison import choose
 from research.sweep.settings import SCORED, Outcome, content
 from research.training.run import CONFIG
@@ -74,6 +72,9 @@ def _measured(ledger: Mapping[str, Any], which: str) -> Row:
 
 def time(rows: Sequence[Row], examples: int) -> None:
     """Gives each run's `ms` the median of its prediction of so many examples, all timed in turn; a run that cannot be read is named."""
+    from research.compression import ledger as measure  # with models and their libraries, which a report that only reads does not wait for
+    from research.run import Run
+
     programs = {}
     for row in rows:
         row["ms"] = None

@@ -38,8 +38,8 @@ def pictures(comparison: Comparison, out: epath.Path, pair: tuple[str, str] | No
     Args:    pair: the two swept keys of the heat map, if there is to be one.
     """
     found = [_scores(comparison, out)] if len(comparison.scored) > 1 else []
-    found += [_learning(comparison, out)]
-    found += [picture for picture in (_response(comparison, out), _heat(comparison, out, pair) if pair else None) if picture]
+    drawn = (_learning(comparison, out), _response(comparison, out), _heat(comparison, out, pair) if pair else None)
+    found += [picture for picture in drawn if picture]
     if len(comparison.keys) > 1:
         found.append(_parallel(comparison, out))
     if comparison.importance is not None:
@@ -77,7 +77,7 @@ def _scores(comparison: Comparison, out: epath.Path) -> Picture:
     return Picture("scores.png", "Scores of the settings", f"{colour}Each run is a grey point.")
 
 
-def _learning(comparison: Comparison, out: epath.Path) -> Picture:
+def _learning(comparison: Comparison, out: epath.Path) -> Picture | None:
     """Curves of the metric over steps, of validation where that was logged."""
     name = comparison.metric.rpartition("/")[2]
     records = [[outcome.records() for outcome in line.setting.scored] for line in comparison.scored]
@@ -215,4 +215,6 @@ def scaling(law: Law, flops: float, metric: str, out: epath.Path) -> Picture:
         chosen=(flops, law.best(flops)[0]),
         metric=metric,
     )
-    return Picture("scaling.png", "Scaling law", "Fitted to every run that finished; the band is the bootstrap's over runs.")
+    return Picture(
+        "scaling.png", "Equal budgets, and the best size for each", "Fitted to every run that finished; the band is the bootstrap's over runs."
+    )
