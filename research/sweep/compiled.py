@@ -24,6 +24,7 @@ from research.data.dataset import open_data
 from research.data.loader import Loader
 from research.data.on_device import place
 from research.sweep.ledger import DONE, FAILED, Ledger
+from research.sweep.trial import FREE
 from research.training import trials
 from research.training.assembly import Assembly, assemble
 from research.training.interrupt import Interrupt
@@ -294,7 +295,9 @@ class _Board:
 
     def __init__(self, ready: Sequence[Ready]):
         common = set(ready[0].overrides).intersection(*(job.overrides for job in ready)) if len(ready) > 1 else set()
-        self._names = {job.number: " ".join(line for line in job.overrides if line not in common) or "the trial" for job in ready}
+        own = {job.number: [line for line in job.overrides if line not in common and not FREE.match(line)] for job in ready}
+        self._names = {number: " ".join(lines) or "the trial" for number, lines in own.items()}
+        self._first = ready[0].number
         self._console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=self._console, transient=True, refresh_per_second=4, disable=not self._console.is_terminal)
@@ -326,7 +329,7 @@ class _Board:
         finally:
             if told and told[0] is not None:
                 text = f"{told[0]['status'].replace('_', ' ')}: {_score(told[0])}"
-            line = f"trial {job.number} of {self._count} [{self._names[job.number]}] {text} ({time.perf_counter() - began:.1f} s)"
+            line = f"trial {job.number - self._first + 1} of {self._count} [{self._names[job.number]}] {text} ({time.perf_counter() - began:.1f} s)"
             with self._lock:
                 self._bar.advance(self._task)
                 self._console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -92,7 +92,7 @@ def test_any_family_goes_side_by_side(command, tmp_path, family):
             assert here.get("train/loss", 0.0) == pytest.approx(there.get("train/loss", 0.0), rel=1e-5)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param("reuse", marks=pytest.mark.slow), "vmap"])
 def test_one_that_fails_or_ends_early_neither_stops_nor_recompiles_the_others(sweep, mode):
     before = sizes()
     rates = "optimizer.learning_rate=0.01,1e9,-1,0.0"  # the last one never improves
@@ -106,6 +106,7 @@ def test_one_that_fails_or_ends_early_neither_stops_nor_recompiles_the_others(sw
     assert sizes()[1] - before[1] == (mode == "vmap")
 
 
+@pytest.mark.slow
 def test_jobs_of_other_programs_are_other_groups_whatever_their_order(sweep):
     before = sizes()
     told, held = sweep("seed=0,1", "model.width=8,12", COMPILED, "hydra.launcher.mode=vmap")
@@ -115,6 +116,7 @@ def test_jobs_of_other_programs_are_other_groups_whatever_their_order(sweep):
     assert sorted(trial.number for trial in held) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_more_trials_than_rows_take_turns_in_one_program(sweep):
     before = sizes()
     told, held = sweep("seed=range(5)", COMPILED, "hydra.launcher.mode=vmap", "hydra.launcher.rows=2")
@@ -131,6 +133,7 @@ def test_auto_says_what_it_measured(sweep):
     assert "ms a step alone" in line
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_between_the_steps_of_the_others_goes_on_alone(sweep, command, typed, result):
     more = ("train.save_every=5", "seed=0,1")
     told, held = sweep(*more, "train.stop_at=15", "train.log_every=5", "train.eval_every=10", COMPILED, "hydra.launcher.mode=reuse")

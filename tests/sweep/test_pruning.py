@@ -141,6 +141,7 @@ def test_a_line_cut_off_by_a_kill_is_left_out(study, tmp_path):
     assert [trial.number for trial in again.trials] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_pruned_run_is_complete_and_goes_on_where_nothing_prunes_it(study, sweep, command, typed, result, tmp_path):
     address, kept = study(reduction=2)
     for _ in range(2):

@@ -49,6 +49,7 @@ def test_the_same_command_again_does_nothing_and_another_goes_on(sweep, snapshot
     assert [trial.state for trial in trials] == ["finished"] * 3
 
 
+@pytest.mark.slow
 def test_a_default_folder_is_that_of_the_command(command, typed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for argv in (("seed=0,1",), ("seed=0,1", "hydra.verbose=false"), ("seed=1,2",)):
