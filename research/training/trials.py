@@ -38,6 +38,7 @@ class Together:
         self._waiting: dict[int, tuple[Any, ...]] = {}
         self._results: dict[int, tuple[Any, ...] | BaseException] = {}
         self.turn = threading.Condition()
+        self._begun = False
 
     def member(self, row: int) -> "Member":
         """The place of one run, taken at once: the others wait for it from now on."""
@@ -70,6 +71,9 @@ class Together:
         try:
             if any(other[:2] != (program, step) for other in others):
                 raise AssertionError("runs of different programs cannot step together")
+            if not self._begun:
+                _copy(calls[0][2])  # its programs are made ready with the first step's, not when the first run leaves
+                self._begun = True
             spare = [_copy(calls[0][2]) for _ in range(self.rows - len(calls))]  # each its own: they are donated
             states = (*(call[2] for call in calls), *spare)
             frozen, held = calls[0][3], calls[0][4:-1]
