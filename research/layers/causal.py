@@ -52,13 +52,14 @@ def blockwise_attention(query: Float[Array, "b h t k"], key: Float[Array, "b g t
     """Causal attention as matrix products over spans of queries that skip the keys after them: the form for CPU.
 
     XLA's CPU code is fast with the scale on the query, an additive mask on the last keys alone, and the division after the product with the values.
-    Memory grows with b x t, not with t x t: beyond `KEPT` positions a span's weights are not kept, but computed again in the backward pass.
+    Memory grows with b x t, not with t x t: beyond `KEPT` positions weights are not kept, but computed again in the backward pass, a block of
+    queries at a time. A long span is a loop over its blocks: XLA's scheduler for CPU holds the weights of many pieces of program at once.
     """
     (b, h, t, k), g = query.shape, key.shape[1]
     query = (query * k**-0.5).reshape(b, g, h // g, t, k)
     size = span(t)
-    read = _span if t <= KEPT else jax.checkpoint(_span)
-    spans = [read(query[:, :, :, start : start + size], key[:, :, : start + size], value[:, :, : start + size]) for start in range(0, t, size)]
+    read = _span if t <= KEPT else _blocks
+    spans = [read(query[:, :, :, start : start + size], key[:, :, : start + size], value[:, :, : start + size], start) for start in range(0, t, size)]
     return jnp.concatenate(spans, axis=3).reshape(b, h, t, k)
 
 
@@ -97,11 +98,26 @@ def weighted_values(weights: Float[Array, "b h t s"], value: Float[Array, "b g s
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value)
 
 
-def _span(query, key, value):
-    """What the last n positions of a text read: query b g h/g n k, key and value b g s k, where the queries are those of the last n keys."""
+def _blocks(query, key, value, start):
+    """As `_span`, in blocks of `BLOCK` queries one after the other, whose weights are computed again in the backward pass."""
+    read, count = jax.checkpoint(_span), query.shape[3] // BLOCK
+    if count < 2:
+        return read(query, key, value, start)
+    *lead, n, k = query.shape
+    whole = jnp.moveaxis(query[..., : count * BLOCK, :].reshape(*lead, count, BLOCK, k), -3, 0)  # one block after the other
+    starts = start + BLOCK * jnp.arange(count, dtype=jnp.int32)
+    blocks = jax.lax.map(lambda at: read(at[0], key, value, at[1]), (whole, starts))
+    parts = [jnp.moveaxis(blocks, 0, -3).reshape(*lead, count * BLOCK, k)]
+    if n > count * BLOCK:
+        parts.append(read(query[..., count * BLOCK :, :], key, value, start + count * BLOCK))
+    return jnp.concatenate(parts, axis=-2)
+
+
+def _span(query, key, value, start):
+    """What n positions of a text read, from the start-th on: query b g h/g n k, key and value b g s k, those of the first s positions."""
     (b, g, shared, n, k), s = query.shape, key.shape[2]
     rows = query.reshape(b, g, shared * n, k)  # one product serves all queries of a key head
-    causal = jnp.arange(s)[None] <= jnp.arange(s - n, s)[:, None]  # n s
+    causal = jnp.arange(s, dtype=jnp.int32)[None] <= start + jnp.arange(n, dtype=jnp.int32)[:, None]  # n s
     mask = jnp.tile(jnp.where(causal, 0.0, MASKED), (shared, 1))[None, None]
     scores = jnp.einsum("bgnk,bgsk->bgns", rows, key, preferred_element_type=jnp.float32) + mask
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))

@@ -44,8 +44,9 @@ def test_blockwise(t, g):
     assert_equal_in_value_and_gradient(blockwise_attention, heads(t, g=g), 3e-5)
 
 
-def test_blockwise_where_weights_are_computed_again():
-    assert_equal_in_value_and_gradient(blockwise_attention, heads(KEPT + 3, h=2, g=1, k=4), 1e-4)
+@pytest.mark.parametrize("t", [KEPT + 3, 11 * 192 + 2 * BLOCK + 12])  # the second: spans of three blocks; the last one of two, and a rest
+def test_blockwise_where_weights_are_computed_again(t):
+    assert_equal_in_value_and_gradient(blockwise_attention, heads(t, h=2, g=1, k=2), 1e-4)
 
 
 @pytest.mark.parametrize(("t", "g"), [(128, 4), (70, 2)])  # the second is padded
@@ -77,15 +78,15 @@ def test_a_span_grows_only_when_there_would_be_too_many():
     assert [span(t) for t in (1, 128, 129, 1024, 1025, 8192)] == [32, 32, 64, 64, 128, 512]
 
 
-def test_memory_grows_no_faster_than_time_at_fixed_tokens():
+def test_memory_does_not_grow_with_the_context_at_fixed_tokens():
     def temporary(form, t):
         shapes = [jax.ShapeDtypeStruct((4096 // t, 2, t, 16), jnp.float32)] * 3
         gradient = jax.grad(lambda *inputs: form(*inputs).sum(), argnums=(0, 1, 2))
         return jax.jit(gradient).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     short, long = (temporary(blockwise_attention, t) for t in (1024, 4096))
-    assert long < 4 * short
-    assert long < temporary(reference_attention, 4096) / 2
+    assert long < 1.5 * short
+    assert long < temporary(reference_attention, 4096) / 8
 
 
 class Device(types.SimpleNamespace):
