@@ -11,7 +11,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
 from hydra.core.utils import setup_globals
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
@@ -28,7 +28,7 @@ _TEXT = ("prompt", "command", "tpu.setup", "slurm.setup")  # keys whose value is
 _KEY = re.compile(r"[+~]{0,2}[\w.@/\[\]]+")
 _FUNCTIONS = "choice|range|interval|glob|sort|shuffle|tag|extend_list|int|float|str|bool|json_str"
 _SYNTAX = re.compile(rf"""[\[{{'"]|({_FUNCTIONS})\(""")  # how a value begins that is Hydra's own syntax and no plain text
-_EXPERIMENT = "experiment"
+_EXPERIMENT, _SWEEPER = "experiment", "hydra/sweeper"
 
 
 class Composer:
@@ -78,6 +78,8 @@ class Composer:
         for override in parsed:
             if override.is_sweep_override() and not multirun:
                 raise ConfigError(f"override {override.input_line!r} lists several values: add -m to run each, or quote the value")
+            if override.is_discrete_sweep() and not _values(override):
+                raise ConfigError(f"override {override.input_line!r} holds no value: {_empty(override)}")
         for override in groups:
             self._check_option(override)
         try:
@@ -90,7 +92,12 @@ class Composer:
             if chosen:
                 raise ConfigError(f"{chosen}: {error}") from error
             raise
-        tree = plain(self.load(next(self._jobs(groups))))
+        composed = self.load([*next(self._jobs(groups)), *(o.input_line or "" for o in parsed if o.key_or_group == _SWEEPER)])
+        if composed.hydra.runtime.choices[_SWEEPER] == "basic":
+            for override in parsed:
+                if override.is_interval_sweep():
+                    raise ConfigError(f"override {override.input_line!r}: an interval has no end of values; list some, or add {_SWEEPER}=search")
+        tree = plain(composed)
         return [override.input_line or "" if override in groups else self._check_key(override, tree) for override in parsed]
 
     def first(self, overrides: Sequence[str]) -> list[str]:
@@ -233,6 +240,13 @@ def _values(override: Override) -> list[Any]:
         return list(override.sweep_string_iterator())
     value = override.value()
     return value if isinstance(value, list) else [value]
+
+
+def _empty(override: Override) -> str:
+    """Why a list of values is empty."""
+    if override.is_range_sweep():
+        return "range(START,STOP) needs START below STOP"
+    return f"no option of {override.key_or_group} has such a name" if override.value_type is ValueType.GLOB_CHOICE_SWEEP else "give at least one"
 
 
 def _line(error: BaseException) -> str:

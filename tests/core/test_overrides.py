@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -55,8 +57,21 @@ def test_an_experiment_within_a_sweep_is_checked_too(conf):
 
 
 def test_sweeps_of_right_values_pass_unchanged(conf):
-    sweep = ["model=small,large", "seed=range(0,100)", "optimizer.learning_rate=interval(0,1)", "experiment=good"]
+    sweep = ["model=small,large", "seed=range(0,100)", "optimizer.learning_rate=interval(0,1)", "experiment=good", "hydra/sweeper=search"]
     assert check(conf, *sweep, multirun=True) == sweep
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("seed=range(5,1)", "holds no value: range(START,STOP) needs START below STOP"),
+        ("model=glob(zz*)", "holds no value: no option of model has such a name"),
+        ("optimizer.learning_rate=interval(0,1)", "add hydra/sweeper=search"),
+    ],
+)
+def test_a_sweep_without_an_end_or_a_value_is_refused(conf, written, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check(conf, written, multirun=True)
 
 
 @pytest.mark.parametrize(
