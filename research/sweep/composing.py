@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
@@ -12,30 +13,48 @@ from omegaconf import DictConfig, open_dict
 from research.core.config import settled
 
 
-def compose_jobs(loader: ConfigLoaderImpl, master: DictConfig, jobs: Sequence[Sequence[str]]) -> list[DictConfig]:
-    """The config of each job, as Hydra's own launchers compose it, without Hydra's node; `${hydra:…}` is written in.
+class Once:
+    """Hydra's loader of configs, which composes each choice of files once and sets plain values in copies.
 
     Composing takes a tenth of a second, a copy with other values a hundredth. Values are set last, as Hydra sets them; a job in which one
     override names a part of what another one names is composed by itself, since there the order counts.
 
-    Args:    loader, master: as a launcher is given them.  jobs: the overrides of each.
+    Args:    loader: Hydra's own; all else is left to it.
     """
-    parser = OverridesParser.create(loader)
-    common = set(jobs[0]).intersection(*jobs)
-    composed: dict[tuple[str, ...], DictConfig] = {}
-    configs = []
-    for lines in jobs:
-        values = [override for override in parser.parse_overrides([line for line in lines if line not in common]) if _is_value(override, loader)]
-        if not _apart(values, parser.parse_overrides(list(lines))):
+
+    def __init__(self, loader: ConfigLoaderImpl) -> None:
+        self._loader = loader
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
+        """The config of one job, as Hydra composes it; the configs of one sweep have one master.
+
+        Args:    as Hydra's loader.
+        """
+        overrides = OverridesParser.create(self._loader).parse_overrides(list(sweep_overrides))
+        values = [override for override in overrides if _is_value(override, self._loader)]
+        if not _apart(values, overrides):
             values = []
         late = {override.input_line for override in values}
-        base = tuple(line for line in lines if line not in late)
-        if base not in composed:
-            composed[base] = loader.load_sweep_config(master, list(base))
-        config = copy.deepcopy(composed[base])
+        base = tuple(line for line in sweep_overrides if line not in late)
+        if base not in self._composed:
+            self._composed[base] = self._loader.load_sweep_config(master_config, list(base))
+        config = copy.deepcopy(self._composed[base])
         ConfigLoaderImpl._apply_overrides_to_config(values, config)
-        configs.append(_settled(config, lines))
-    return configs
+        with open_dict(config):
+            config.hydra.overrides.task = list(sweep_overrides)
+        return config
+
+
+def compose_jobs(loader: Any, master: DictConfig, jobs: Sequence[Sequence[str]]) -> list[DictConfig]:
+    """The config of each job, as Hydra's own launchers compose it, without Hydra's node; `${hydra:…}` is written in.
+
+    Args:    loader, master: as a launcher is given them.  jobs: the overrides of each.
+    """
+    return [_settled(loader.load_sweep_config(master, list(lines))) for lines in jobs]
 
 
 def _is_value(override: Override, loader: ConfigLoaderImpl) -> bool:
@@ -49,9 +68,7 @@ def _apart(values: Sequence[Override], all_overrides: Sequence[Override]) -> boo
     return all(sum(key.startswith(f"{v.key_or_group}.") or f"{v.key_or_group}.".startswith(key) for key in keys) == 1 for v in values)
 
 
-def _settled(config: DictConfig, lines: Sequence[str]) -> DictConfig:
-    with open_dict(config):
-        config.hydra.overrides.task = list(lines)
+def _settled(config: DictConfig) -> DictConfig:
     before = HydraConfig.instance().cfg
     try:
         HydraConfig.instance().set_config(config)

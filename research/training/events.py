@@ -3,16 +3,39 @@
 tensorboardX's own writer hands them to a thread; when a full disk ends that thread, the training process waits for it for ever.
 """
 
+import contextlib
 import io
 import os
 import socket
 import struct
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
-from tensorboardX.proto import event_pb2
-from tensorboardX.record_writer import masked_crc32c
+
+
+@contextlib.contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """Makes a package that is not loaded yet look as if it were not installed."""
+    modules: dict[str, Any] = sys.modules
+    absent = name not in modules
+    if absent:
+        modules[name] = None
+    try:
+        yield
+    finally:
+        if absent:
+            del modules[name]
+
+
+with _hidden("torch"):  # tensorboardX loads it to know its tensors, which takes seconds; none comes here
+    from tensorboardX import summary
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.record_writer import masked_crc32c
+
+__all__ = ["Events", "summary"]
 
 
 class Events:

@@ -52,10 +52,8 @@ class Log:
         self._file = io.FileIO(os.fspath(folder / FILE) if hosts.first() else os.devnull, "a")
         self._events: Any = None
         self._summary: Any = None
-        if tensorboard:  # here: tensorboardX loads torch where there is one, which takes seconds
-            from tensorboardX import summary
-
-            from research.training.events import Events
+        if tensorboard:
+            from research.training.events import Events, summary  # here: who reads a log needs no tensorboardX
 
             self._events, self._summary = Events(folder, start), summary
         self._logged: set[str] = set()

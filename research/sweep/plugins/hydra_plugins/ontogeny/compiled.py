@@ -33,13 +33,16 @@ class CompiledLauncher(Launcher):
         self.mode, self.rows = mode, rows
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Takes what Hydra gives every launcher."""
-        self.loader: Any = hydra_context.config_loader
+        """Takes what Hydra gives every launcher; the sweeper, which composes all jobs before any begins, gets the same loader."""
+        from research.sweep import composing  # here, since Hydra imports this file in every app of the environment
+
+        self.loader: Any = composing.Once(hydra_context.config_loader)  # type: ignore[arg-type]  # Hydra has no other
+        hydra_context.config_loader = self.loader
         self.task_function, self.config = task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """One JobReturn for each job; a job that failed returns None, and `research.core.app` knows why."""
-        from research.sweep import compiled, composing  # here, since Hydra imports this file in every app of the environment
+        from research.sweep import compiled, composing  # here, likewise
 
         setup_globals()
         jobs: Any = getattr(self.task_function, "jobs", None)
