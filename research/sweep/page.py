@@ -135,10 +135,23 @@ def law_lines(told: Mapping[str, Any]) -> list[str]:
     beyond = ", which is more than any run took" if told["beyond_runs"] else ""
     lines = [
         f"{told['law']} over {told['runs']} runs: {numbers}; log loss is off by {told['error_of_log_loss']:.2%}",
-        f"best size for {told['budget_flops']:.3g} FLOPs{beyond}: {short(told['parameters'])} parameters ({short(low)} to {short(high)}) on "
-        f"{short(told['tokens'])} tokens, loss {told['loss']:.4f}",
+        f"best size for {told['budget_flops']:.3g} FLOPs{beyond}: {_rounded(told['parameters'])} parameters ({_rounded(low)} to {_rounded(high)}) on "
+        f"{_rounded(told['tokens'])} tokens, loss {told['loss']:.4f}",
     ]
-    return lines + ([] if told["determined"] else ["an exponent lies at the end of its range: these runs do not determine the law"])
+    if not told["determined"]:
+        lines.append("a number of the law lies at the end of its range: these runs do not determine it")
+    smallest, largest = told["sizes"]
+    if not smallest <= told["parameters"] <= largest:
+        side = "smaller" if told["parameters"] < smallest else "larger"
+        lines.append(
+            f"the best size lies outside the runs' {_rounded(smallest)} to {_rounded(largest)} parameters: run {side} ones before you rely on it"
+        )
+    return lines
+
+
+def _rounded(value: float) -> str:
+    """A count with three digits that say something: 1234567 is 1,230,000."""
+    return f"{float(f'{value:.3g}'):,.0f}"
 
 
 def write(

@@ -20,7 +20,8 @@ NAMES = ("E", "A", "B", "a", "b")
 DELTA = 1e-3  # of the Huber loss, on log loss
 GRID = {"a": (0.0, 0.5, 1.0, 1.5, 2.0), "E": (-1.0, -0.5, 0.0, 0.5, 1.0), "A": (0.0, 5.0, 10.0, 15.0, 20.0, 25.0)}  # E and A as logarithms
 STARTS = 12  # of the grid's points, the best, from which the search begins
-BOUNDS = [(None, None), (None, None), (-12.0, None), (1e-3, 4.0), (1e-3, 4.0)]  # E below e^-12 is none
+NO_E = -12.0  # the logarithm of an E that is none
+BOUNDS = [(None, None), (None, None), (NO_E, None), (1e-3, 4.0), (1e-3, 4.0)]
 RESAMPLES = 200
 LEAST = 3  # different sizes, and different numbers of tokens: fewer do not determine the law
 Points = Float[np.ndarray, "n 3"]  # parameters, tokens, loss
@@ -47,8 +48,8 @@ class Law:
 
     @property
     def determined(self) -> bool:
-        """Whether the runs say how both exponents are; one at an end of its range is not known."""
-        return all(BOUNDS[3][0] * 1.01 < self.values[i] < BOUNDS[3][1] * 0.99 for i in (3, 4))
+        """Whether the runs say how both exponents and E are; one at an end of its range is not known."""
+        return self.values[0] > 1.01 * math.exp(NO_E) and all(BOUNDS[3][0] * 1.01 < self.values[i] < BOUNDS[3][1] * 0.99 for i in (3, 4))
 
     @property
     def largest(self) -> float:
@@ -77,6 +78,7 @@ class Law:
             "tokens": tokens,
             "loss": float(predict(self.values[None], np.array([size]), np.array([tokens]))[0, 0]),
             "determined": self.determined,
+            "sizes": [float(self.points[:, 0].min()), float(self.points[:, 0].max())],
         }
 
 

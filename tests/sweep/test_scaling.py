@@ -1,5 +1,6 @@
 """A law that was planted is found again, and what the report says of it follows from it."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import yaml
 
 from research.core.errors import ConfigError
-from research.sweep import scaling
+from research.sweep import page, scaling
 from research.sweep.settings import Outcome
 
 TRUE = np.array([[1.2, 30.0, 60.0, 0.40, 0.35]])  # E, A, B, a, b
@@ -102,3 +103,12 @@ def test_the_verb_fits_draws_and_names_the_size(command, tmp_path):
     assert low < scaling.optimal(TRUE, 1e13)[0] < high
     assert (tmp_path / "out" / "scaling.png").read_bytes().startswith(b"\x89PNG")
     assert "best size for" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_best_size_that_no_run_comes_near_is_said_to_be_a_guess(noisy):
+    inside, large = page.law_lines(noisy.told(noisy.largest)), noisy.points * [100, 1, 1]
+    assert len(inside) == 2
+    outside = page.law_lines(dataclasses.replace(noisy, points=large).told(noisy.largest))
+    assert outside[2] == "the best size lies outside the runs' 1,000,000 to 60,000,000 parameters: run smaller ones before you rely on it"
+    none = dataclasses.replace(noisy, values=noisy.values * [0, 1, 1, 1, 1] + [6.144e-6, 0, 0, 0, 0])
+    assert page.law_lines(none.told(noisy.largest))[2] == "a number of the law lies at the end of its range: these runs do not determine it"
