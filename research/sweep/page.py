@@ -140,12 +140,10 @@ def law_lines(told: Mapping[str, Any]) -> list[str]:
     ]
     if not told["determined"]:
         lines.append("a number of the law lies at the end of its range: these runs do not determine it")
-    smallest, largest = told["sizes"]
-    if not smallest <= told["parameters"] <= largest:
-        side = "smaller" if told["parameters"] < smallest else "larger"
-        lines.append(
-            f"the best size lies outside the runs' {_rounded(smallest)} to {_rounded(largest)} parameters: run {side} ones before you rely on it"
-        )
+    for what, value, (least, most) in (("parameters", told["parameters"], told["sizes"]), ("tokens", told["tokens"], told["lengths"])):
+        if not least <= value <= most:
+            side = "fewer" if value < least else "more"
+            lines.append(f"that is {side} {what} than any run had ({_rounded(least)} to {_rounded(most)}): run such ones before you rely on it")
     return lines
 
 

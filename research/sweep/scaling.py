@@ -79,6 +79,7 @@ class Law:
             "loss": float(predict(self.values[None], np.array([size]), np.array([tokens]))[0, 0]),
             "determined": self.determined,
             "sizes": [float(self.points[:, 0].min()), float(self.points[:, 0].max())],
+            "lengths": [float(self.points[:, 1].min()), float(self.points[:, 1].max())],
         }
 
 

@@ -106,9 +106,12 @@ def test_the_verb_fits_draws_and_names_the_size(command, tmp_path):
 
 
 def test_a_best_size_that_no_run_comes_near_is_said_to_be_a_guess(noisy):
-    inside, large = page.law_lines(noisy.told(noisy.largest)), noisy.points * [100, 1, 1]
-    assert len(inside) == 2
-    outside = page.law_lines(dataclasses.replace(noisy, points=large).told(noisy.largest))
-    assert outside[2] == "the best size lies outside the runs' 1,000,000 to 60,000,000 parameters: run smaller ones before you rely on it"
+    sizes = dataclasses.replace(noisy, points=noisy.points * [100, 1, 1]).told(noisy.largest / 100)
+    lines = page.law_lines(sizes)
+    assert lines[2] == "that is fewer parameters than any run had (1,000,000 to 60,000,000): run such ones before you rely on it"
+    lengths = dataclasses.replace(noisy, points=noisy.points * [1, 0.01, 1]).told(noisy.largest)
+    assert page.law_lines(lengths)[-1].startswith("that is more tokens than any run had (1,000 to 60,000)")
     none = dataclasses.replace(noisy, values=noisy.values * [0, 1, 1, 1, 1] + [6.144e-6, 0, 0, 0, 0])
     assert page.law_lines(none.told(noisy.largest))[2] == "a number of the law lies at the end of its range: these runs do not determine it"
+    near = noisy.told(noisy.best(1e11)[0] * 6 * 4e5)
+    assert len(page.law_lines(near)) == 2

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import types
 
@@ -21,6 +22,7 @@ from scipy.stats import qmc
 from research.core.errors import ConfigError, FolderInUseError
 from research.core.overrides import Composer
 from research.sweep import search
+from research.sweep.ledger import Ledger
 
 X, Y = "optimizer.learning_rate=interval(0.0,1.0)", "+model.y=interval(0.0,1.0)"
 
@@ -306,3 +308,21 @@ def test_real_trials_have_folders_and_the_same_command_does_nothing(sweep, resul
     told, again = sweep(*argv)
     assert (told.code, again) == (0, trials)
     assert "3 trials were told before" in told.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", [("joblib", "hydra.launcher.n_jobs=2"), ("submitit_local", "hydra.launcher.timeout_min=5"), ("ray",)], ids=lambda x: x[0]
+)
+def test_other_launchers_run_what_the_search_chooses(typed, tmp_path, launcher):
+    """In a process of its own: they fork, or start servers. Two at once, so that the second pair knows how the first one went."""
+    name, *argv = launcher
+    if name == "ray":
+        pytest.importorskip("ray", reason="pip install -e '.[ray]'")
+    asked = ("hydra/sweeper=search", "hydra.sweeper.trials=4", "hydra.sweeper.at_once=2", "optimizer.learning_rate=tag(log,interval(1e-4,1e-1))")
+    command = [sys.executable, "-m", "research.train", "-m", *typed, *asked, f"hydra/launcher={name}", *argv, f"sweep_dir={tmp_path / name}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [trial.state for trial in Ledger(tmp_path / name).trials()] == ["finished"] * 4
+    (entry,) = json.loads((tmp_path / name / "search.json").read_text())["best"]
+    assert (tmp_path / name / entry["run"] / "result.json").exists()

@@ -75,6 +75,27 @@ def test_one_failure_of_each_kind_is_a_row_and_the_rest_is_done(sweep, typed):
     assert "5 trials: 2 finished, 1 diverged, 2 failed" in told.out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "compiled"])
+def test_three_of_thirty_two_fail_and_the_others_have_results(sweep, typed, result, launcher):
+    rates = [f"{0.001 * (1 + i / 30):.6f}" for i in range(30)] + ["1e9", "-1"]
+    sweep.path.mkdir()
+    blocked = sweep.path / fingerprint(compose([*typed, f"optimizer.learning_rate={rates[7]}"]))[:12]
+    blocked.write_text("")
+    told, trials = sweep(f"optimizer.learning_rate={','.join(rates)}", "train.skip_limit=3", f"hydra/launcher={launcher}")
+    states = {trial.overrides[-2] if "skip" in trial.overrides[-1] else trial.overrides[-1]: trial.state for trial in trials}
+    assert len(states) == len(trials) == 32
+    assert sum(result(sweep.path / trial.run)["status"] == "finished" for trial in trials if trial.state == "finished") == 29
+    bad = {line: state for line, state in states.items() if state != "finished"}
+    assert bad == {
+        f"optimizer.learning_rate={rates[7]}": "failed",
+        "optimizer.learning_rate=1000000000.0": "diverged",
+        "optimizer.learning_rate=-1": "failed",
+    }
+    assert told.code == 3
+    assert "32 trials: 29 finished" in told.out
+
+
 def test_what_failed_is_tried_again_when_asked(sweep):
     _, (before,) = sweep("optimizer.learning_rate=1e9", "train.skip_limit=3")
     told, (again,) = sweep("optimizer.learning_rate=1e9", "train.skip_limit=3")
