@@ -124,6 +124,16 @@ def test_a_sweep_leaves_its_report_in_its_own_folder(told, grid):
     assert all(f"wrote {grid / 'report' / name}" in told.out for name in named)
 
 
+def test_rates_at_several_widths_are_drawn_beside_each_other(command, tmp_path):
+    swept = {"model.base": [None, 8], "model.width": [8, 32], "optimizer.learning_rate": [1e-3, 3e-3, 1e-2]}
+    folder = planted(tmp_path / "widths", swept, [0, 1], around, base={**BASE, "model": {**BASE["model"], "base": None}})
+    assert command("report", f"sweep={folder}").code == 0
+    assert not (folder / "report" / "transfer.png").exists()  # these runs have no loss of validation
+    assert command("report", f"sweep={folder}", "metric=test/loss").code == 0
+    assert (folder / "report" / "transfer.png").read_bytes().startswith(b"\x89PNG")
+    assert "The best learning rate at each width" in (folder / "report" / "report.html").read_text()
+
+
 def test_settings_have_means_and_corrected_differences(told, grid):
     found = rows(grid / "report" / "settings.csv")
     assert len(found) == 12

@@ -55,13 +55,13 @@ def transfer(
     for axes, (name, by_width) in zip(drawn, panels.items(), strict=True):
         for colour, (width, by_rate) in zip(COLOURS, sorted(by_width.items()), strict=False):
             rates = sorted(by_rate)
-            scores = np.array([by_rate[rate] for rate in rates], float)
-            scores = np.where(np.isfinite(scores), scores, np.nan)
-            means = scores.mean(1)
-            axes.fill_between(rates, scores.min(1), scores.max(1), color=colour, alpha=0.15, linewidth=0)
+            scores = [np.where(np.isfinite(by_rate[rate]), by_rate[rate], np.nan) for rate in rates]  # a seed may be missing at some rates
+            means = np.array([seeds.mean() for seeds in scores])
+            axes.fill_between(rates, [seeds.min() for seeds in scores], [seeds.max() for seeds in scores], color=colour, alpha=0.15, linewidth=0)
             axes.plot(rates, means, color=colour, linewidth=2, marker="o", markersize=3.5, label=f"width {width:,}")
-            best = int(np.nanargmin(means))
-            axes.plot(rates[best], means[best], marker="o", markersize=10, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=2)
+            if np.isfinite(means).any():
+                best = int(np.nanargmin(means))
+                axes.plot(rates[best], means[best], marker="o", markersize=10, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=2)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         if top is not None:  # else a shared axis would stay as the first panel has it

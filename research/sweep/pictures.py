@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from research.core.config import LEARNING_RATE
 from research.core.errors import ConfigError, nearest
-from research.figures import compression
+from research.figures import compression, mup
 from research.figures import sweep as draw
 from research.sweep.comparison import Comparison, Line
 from research.sweep.scaling import Law, budgets, predict
@@ -18,6 +19,7 @@ from research.sweep.statistics import t_interval
 
 COSTS = {"seconds": "seconds a trial", "flops": "FLOPs of training", "bytes": "peak bytes of the process"}
 LINES = 8  # that a response figure has at most
+WIDTH, BASE = "model.width", "model.base"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ def pictures(comparison: Comparison, out: epath.Path, pair: tuple[str, str] | No
     Args:    pair: the two swept keys of the heat map, if there is to be one.
     """
     found = [_scores(comparison, out)] if len(comparison.scored) > 1 else []
-    drawn = (_learning(comparison, out), _response(comparison, out), _heat(comparison, out, pair) if pair else None)
+    drawn = (_learning(comparison, out), _response(comparison, out), _transfer(comparison, out), _heat(comparison, out, pair) if pair else None)
     found += [picture for picture in drawn if picture]
     if len(comparison.keys) > 1:
         found.append(_parallel(comparison, out))
@@ -168,6 +170,29 @@ def _response(comparison: Comparison, out: epath.Path) -> Picture | None:
     note = "mean and 95 % t interval over seeds" if several else ""
     draw.response(lines, out / "response.png", key=shorten(levels)[axis], metric=comparison.metric, note=note)
     return Picture("response.png", f"{comparison.metric} over {shorten(levels)[axis]}")
+
+
+def _transfer(comparison: Comparison, out: epath.Path) -> Picture | None:
+    """A loss over the learning rate at each width, where these two were swept, and `model.base` perhaps; for a score that rises, validation's."""
+    if not {WIDTH, LEARNING_RATE} <= set(comparison.keys) <= {WIDTH, LEARNING_RATE, BASE}:
+        return None
+    metric = "validation/loss" if comparison.rising else comparison.metric
+    panels: dict[str, dict[int, dict[float, list[float]]]] = {}
+    for line in comparison.scored:
+        values = line.setting.values
+        scores = list(line.setting.scores(metric).values())
+        if not (isinstance(values[WIDTH], int) and _number(values[LEARNING_RATE]) and scores):
+            return None
+        base = values.get(BASE)
+        name = "" if BASE not in comparison.keys else "standard" if base is None else f"maximal update, base {base}"
+        panels.setdefault(name, {}).setdefault(values[WIDTH], {})[float(values[LEARNING_RATE])] = scores
+    rates = [by_rate for by_width in panels.values() for by_rate in by_width.values()]
+    if max(map(len, panels.values())) < 2 or min(map(len, rates)) < 3:
+        return None
+    mup.transfer(dict(sorted(panels.items())), out / "transfer.png", score=metric)
+    return Picture(
+        "transfer.png", "The best learning rate at each width", "Means over seeds, bands from the lowest to the highest one; the best rate is ringed."
+    )
 
 
 def _parallel(comparison: Comparison, out: epath.Path) -> Picture:
