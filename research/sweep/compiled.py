@@ -230,7 +230,7 @@ def _assembled(config: DictConfig) -> tuple[Assembly, Any]:
 def _fitting(assembly: Assembly, config: DictConfig) -> int:
     """How many trials of a program fit into the device's memory, by the shapes of state and activations."""
     state, batch = abstract_state(assembly), config.data.batch
-    each = 4 * Jit().bytes_per_device(state)  # before, after, gradients, and the update
+    each = 6 * Jit().bytes_per_device(state)  # before and after, each by itself and beside the others', gradients, and the update
     if isinstance(batch, int):
         one, two = (residual_bytes(assembly.step.objective, state, None, abstract_batch(assembly.spec, n)) for n in (1, 2))
         each += one + (two - one) * (batch // assembly.step.accumulate)
@@ -253,9 +253,9 @@ def _measured(assembly: Assembly, source: Any, config: DictConfig, rows: int, co
         return Way("reuse", why=left)
     if chunk > 1:
         held, picks = next(iter(loader.chunks(0, chunk, chunk)))
-        several = lambda given: trials.chunks(step, given, None, held, (picks,) * rows)[0]  # noqa: E731  # one of two forms
+        several = lambda given: trials.rows_of(trials.chunks(step, given, None, held, (picks,) * rows)[0], rows)  # noqa: E731  # one of two forms
     else:
-        several = lambda given: trials.steps(step, given, None, (loader[0],) * rows)[0]  # noqa: E731
+        several = lambda given: trials.rows_of(trials.steps(step, given, None, (loader[0],) * rows)[0], rows)  # noqa: E731
     shared = _seconds(several, tuple(_copied(state) for _ in range(rows))) / (chunk * rows)
     why = f"{left}, {1e3 * shared:.2g} ms of {rows} side by side"
     return Way("vmap", rows, why) if shared < alone else Way("reuse", why=why)

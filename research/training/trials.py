@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from research.core.types import Batch, State, Tree
 from research.training.loop import Settings
@@ -38,7 +39,6 @@ class Together:
         self._waiting: dict[int, tuple[Any, ...]] = {}
         self._results: dict[int, tuple[Any, ...] | BaseException] = {}
         self.turn = threading.Condition()
-        self._begun = False
 
     def member(self, row: int) -> "Member":
         """The place of one run, taken at once: the others wait for it from now on."""
@@ -71,16 +71,13 @@ class Together:
         try:
             if any(other[:2] != (program, step) for other in others):
                 raise AssertionError("runs of different programs cannot step together")
-            if not self._begun:
-                _copy(calls[0][2])  # its programs are made ready with the first step's, not when the first run leaves
-                self._begun = True
-            spare = [_copy(calls[0][2]) for _ in range(self.rows - len(calls))]  # each its own: they are donated
-            states = (*(call[2] for call in calls), *spare)
+            spare = self.rows - len(calls)
+            states = (*(call[2] for call in calls), *(calls[0][2],) * spare)
             frozen, held = calls[0][3], calls[0][4:-1]
             fed = [call[-1] for call in calls]
-            fed += fed[:1] * len(spare)
+            fed += fed[:1] * spare
             new, metrics = program(step, states, frozen, *held, tuple(fed))
-            self._results |= {row: (new[i], metrics[i]) for i, row in enumerate(waiting)}
+            self._results |= dict(zip(waiting, rows_of((new, metrics), len(calls)), strict=True))
         except BaseException as error:
             self._results |= dict.fromkeys(waiting, error)
         self.turn.notify_all()
@@ -150,25 +147,23 @@ def _stack(trees: tuple[Tree, ...]) -> Tree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def _unstack(tree: Tree, rows: int) -> tuple[Tree, ...]:
-    return tuple(jax.tree.map(lambda x, i=i: x[i], tree) for i in range(rows))
+def rows_of(tree: Tree, count: int) -> tuple[Tree, ...]:
+    """The first rows of what a program over several runs gives: cut within the program they would take most of its compilation."""
+    return tuple(_row(tree, i) for i in range(count))
 
 
-def _copy(state: State) -> State:
-    return jax.tree.map(jnp.copy, state)
+@jax.jit
+def _row(tree: Tree, i: Int[Array, ""]) -> Tree:
+    return jax.tree.map(lambda x: x[i], tree)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def steps(step: Step, states: tuple[State, ...], frozen: Tree, batches: tuple[Batch, ...]) -> tuple[tuple[State, ...], tuple[Metrics, ...]]:
-    """One step of each run."""
-    stacked, metrics = jax.vmap(step, in_axes=(0, None, 0))(_stack(states), frozen, _stack(batches))
-    return _unstack(stacked, len(states)), _unstack(metrics, len(states))
+@functools.partial(jax.jit, static_argnums=0)
+def steps(step: Step, states: tuple[State, ...], frozen: Tree, batches: tuple[Batch, ...]) -> tuple[State, Metrics]:
+    """One step of each run, of which the results' first axis tells."""
+    return jax.vmap(step, in_axes=(0, None, 0))(_stack(states), frozen, _stack(batches))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def chunks(
-    step: Step, states: tuple[State, ...], frozen: Tree, held: Held, picks: tuple[Picks, ...]
-) -> tuple[tuple[State, ...], tuple[Metrics, ...]]:
-    """A chunk of steps of each run, over one split on the device."""
-    stacked, metrics = jax.vmap(chunked(step), in_axes=(0, None, None, 0))(_stack(states), frozen, held, _stack(picks))
-    return _unstack(stacked, len(states)), _unstack(metrics, len(states))
+@functools.partial(jax.jit, static_argnums=0)
+def chunks(step: Step, states: tuple[State, ...], frozen: Tree, held: Held, picks: tuple[Picks, ...]) -> tuple[State, Metrics]:
+    """A chunk of steps of each run, likewise, over one split on the device."""
+    return jax.vmap(chunked(step), in_axes=(0, None, None, 0))(_stack(states), frozen, held, _stack(picks))
