@@ -53,12 +53,13 @@ def transfer(
     figure = style.new(4.9 * len(panels), 3.9, title)
     drawn = list(np.atleast_1d(figure.subplots(1, len(panels), sharey=True)))
     for axes, (name, by_width) in zip(drawn, panels.items(), strict=True):
-        for colour, (width, by_rate) in zip(COLOURS, sorted(by_width.items()), strict=False):
+        for i, (width, by_rate) in enumerate(sorted(by_width.items())):
+            colour, line = COLOURS[i % len(COLOURS)], "--" if i >= len(COLOURS) else "-"
             rates = sorted(by_rate)
             scores = [np.where(np.isfinite(by_rate[rate]), by_rate[rate], np.nan) for rate in rates]  # a seed may be missing at some rates
             means = np.array([seeds.mean() for seeds in scores])
             axes.fill_between(rates, [seeds.min() for seeds in scores], [seeds.max() for seeds in scores], color=colour, alpha=0.15, linewidth=0)
-            axes.plot(rates, means, color=colour, linewidth=2, marker="o", markersize=3.5, label=f"width {width:,}")
+            axes.plot(rates, means, line, color=colour, linewidth=2, marker="o", markersize=3.5, label=f"width {width:,}")
             if np.isfinite(means).any():
                 best = int(np.nanargmin(means))
                 axes.plot(rates[best], means[best], marker="o", markersize=10, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=2)

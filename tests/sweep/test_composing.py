@@ -26,3 +26,14 @@ def test_each_config_is_the_one_that_hydra_composes(name):
     master = loader.load_configuration("train", [], RunMode.MULTIRUN)
     for lines, ours in zip(jobs, compose_jobs(Once(loader), master, jobs), strict=True):
         assert OmegaConf.to_container(ours) == OmegaConf.to_container(compose(lines))
+
+
+def test_jobs_that_differ_in_values_are_composed_once(monkeypatch):
+    compose()
+    loader = ConfigLoaderImpl(create_config_search_path(str(folder.conf())))
+    master = loader.load_configuration("train", [], RunMode.MULTIRUN)
+    composed, once = [], Once(loader)
+    monkeypatch.setattr(loader, "load_sweep_config", lambda *given, whole=loader.load_sweep_config: composed.append(given) or whole(*given))
+    configs = [once.load_sweep_config(master, [*COMMON, line]) for line in ("seed=1", "seed=2", "optimizer=sgd", "seed=3")]
+    assert len(composed) == 2  # with and without another optimizer
+    assert [config.seed for config in configs] == [1, 2, 0, 3]
