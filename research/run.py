@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
@@ -21,15 +21,16 @@ from research.data.loader import Loader
 from research.data.preprocess import Preprocessor
 from research.data.text import Windows
 from research.data.tokenizers import Tokenizer
-from research.explanation import methods
 from research.explanation.model import Model, Past, examples
-from research.explanation.result import Result
 from research.inference.decode import generate, start_token
 from research.inference.predict import predict
 from research.inference.sample import Sampling
 from research.training import log, run
 from research.training.assembly import Assembly, assemble
 from research.training.checkpoint import Checkpoints
+
+if TYPE_CHECKING:
+    from research.explanation.result import Result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +197,7 @@ class Run:
         checkpoint: str | int = "best",
         seed: int = 0,
         **settings: Any,
-    ) -> Result:
+    ) -> "Result":
         """What a method says about this model: an `Attribution` of each example, or a `Finding`; `.show()` draws it in a notebook.
 
         Args:    method: a name, as integrated_gradients.  batch: fields as `preprocessor` or a loader gives them; None for a method that needs none.
@@ -208,6 +209,8 @@ class Run:
             self._model = (checkpoint, self.model(checkpoint))
         model = self._model[1]
         found = None if batch is None else examples(model, batch, names, target, position)
+        from research.explanation import methods  # here: they draw, and matplotlib takes half a second to load
+
         return methods.explain(model, method, methods.node(method, settings), found, seed)
 
     def predict(self, batch: Batch, checkpoint: str | int = "best") -> dict[str, np.ndarray]:

@@ -34,8 +34,7 @@ from research.data.dataset import Dataset, Source, open_data
 from research.data.loader import Loader, whole
 from research.data.on_device import place
 from research.data.preprocess import Preprocessor
-from research.figures.curves import curves
-from research.figures.images import sheet
+from research.figures.pixels import sheet
 from research.inference.evaluate import evaluate
 from research.inference.predict import predict
 from research.inference.sample import Sampling
@@ -44,7 +43,7 @@ from research.sweep.pruning import pruner_of
 from research.sweep.trial import REPEATS, Sweep
 from research.training import log, run, trials
 from research.training.assembly import Assembly, assemble, parts, settings
-from research.training.checkpoint import Checkpoints
+from research.training.checkpoint import PACE_S, Checkpoints
 from research.training.clock import Clock, programs
 from research.training.interrupt import Interrupt
 from research.training.loop import Diverged, Loop, Outcome, new_host
@@ -276,7 +275,8 @@ class Training:
     def run(self) -> dict[str, Any]:
         """result.json's content."""
         logger = self.config.logger
-        with Checkpoints(self.path, keep=self.assembly.settings.keep) as checkpoints:
+        pace_s = PACE_S if self.assembly.settings.save_every is None else 0.0
+        with Checkpoints(self.path, keep=self.assembly.settings.keep, pace_s=pace_s) as checkpoints:
             clock = Clock()
             state, host = self._start(checkpoints, clock)
             start, self._trained_before = int(state.step), clock.seconds["train"] + clock.seconds["wait"]
@@ -446,6 +446,8 @@ class Training:
         weights = self._weights(state)
         metrics = {**self._scores("validation", weights), **self._scores("test", weights)} or self._scores("train", weights) if ended else {}
         if self.config.logger.figures and hosts.first():
+            from research.figures.curves import curves  # here: a trial of a sweep draws nothing, and matplotlib takes long to load
+
             curves(log.read(self.path), os.fspath(self.path / "figures" / "curves.png"), title=self.config.name)
         result = run.write_result(
             self.path,

@@ -39,7 +39,7 @@ def programs():
 QUIET = ("logger.figures=false", "logger.tensorboard=false", "logger.progress=none", "logger.sample=false")
 SHORT = ("train.steps=4", "train.eval_every=2", "train.log_every=2")
 FAMILIES = {  # a new family takes its place here
-    "mlp": ("experiment=digits_mlp", "model.width=16", "model.depth=1"),
+    "mlp": ("experiment=digits_mlp", "train.chunk=1", "model.width=16", "model.depth=1"),
     "cnn": ("experiment=digits_cnn", "model.channels=[8,8,8]", "model.hidden=[16]", "train.epochs=null"),
     "gpt": (
         *("experiment=quickstart", "data.time=16", "data.batch=4", "data.validation=0.002", "schedule.warmup=0"),

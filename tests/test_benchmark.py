@@ -50,7 +50,12 @@ def options(arguments: list[str]) -> dict[str, list[str]]:
 
 def test_json_has_every_key_and_finite_numbers(tmp_path):
     file = tmp_path / "result.json"
-    assert benchmark.main(["experiment=digits_mlp", "model.width=8", "model.depth=1", "steps=4", "warmup=1", "peak=0.5", f"json={file}"]) == 0
+    assert (
+        benchmark.main(
+            ["experiment=digits_mlp", "train.chunk=1", "model.width=8", "model.depth=1", "steps=4", "warmup=1", "peak=0.5", f"json={file}"]
+        )
+        == 0
+    )
     result = json.loads(file.read_text())
     assert set(result) == KEYS
     numbers = [value for value in result.values() if isinstance(value, int | float)] + result["ms_per_step_quartiles"]
@@ -70,7 +75,9 @@ def test_json_has_every_key_and_finite_numbers(tmp_path):
 def test_a_profile_is_written_and_told(tmp_path, capsys):
     file, folder = tmp_path / "result.json", tmp_path / "trace"
     sizes = ("model.width=512", "model.depth=2", "data.batch=256")
-    assert benchmark.main(["experiment=digits_mlp", *sizes, "steps=3", "warmup=1", "peak=1", f"profile={folder}", f"json={file}"]) == 0
+    assert (
+        benchmark.main(["experiment=digits_mlp", "train.chunk=1", *sizes, "steps=3", "warmup=1", "peak=1", f"profile={folder}", f"json={file}"]) == 0
+    )
     profile = json.loads(file.read_text())["profile"]
     assert (profile["folder"], profile["steps"]) == (str(folder), 3)
     assert {"dense_0", "dense_1"} & {operation["module"] for operation in profile["operations"]}

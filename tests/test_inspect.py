@@ -13,7 +13,7 @@ from research.core.tree import paths
 
 QUIET = ("logger.figures=false", "logger.tensorboard=false", "logger.progress=none", "logger.sample=false")
 SHORT = ("train.steps=4", "train.eval_every=2", "train.log_every=2")
-MLP = ("experiment=digits_mlp", "model.width=8", "model.depth=1")
+MLP = ("experiment=digits_mlp", "train.chunk=1", "model.width=8", "model.depth=1")
 GPT = ("experiment=quickstart", "data.time=16", "data.batch=4", "model.width=16", "model.depth=2", "model.heads=2", "model.hidden=16")
 
 

@@ -8,7 +8,7 @@ import yaml
 
 from research.compression import ledger
 
-RUN = ("experiment=digits_mlp", "model.width=8", "model.depth=1", "train.steps=4", "train.eval_every=2", "train.log_every=2")
+RUN = ("experiment=digits_mlp", "train.chunk=1", "model.width=8", "model.depth=1", "train.steps=4", "train.eval_every=2", "train.log_every=2")
 QUIET = ("logger.figures=false", "logger.tensorboard=false", "logger.progress=none")
 
 

@@ -302,7 +302,15 @@ def test_five_hundred_trials_take_less_than_ten_seconds(command, tmp_path):
 @pytest.mark.slow
 def test_a_real_sweep_is_reported(command, tmp_path):
     """What `research.train -m` writes is what is read: four runs, two settings."""
-    small = ("experiment=digits_mlp", "model.width=8", "model.depth=1", "train.steps=20", "train.eval_every=10", "logger.tensorboard=false")
+    small = (
+        "experiment=digits_mlp",
+        "train.chunk=1",
+        "model.width=8",
+        "model.depth=1",
+        "train.steps=20",
+        "train.eval_every=10",
+        "logger.tensorboard=false",
+    )
     argv = ("-m", *small, "optimizer.learning_rate=1e-4,1e-2", "seed=0,1", "hydra/launcher=compiled", f"sweep_dir={tmp_path / 'sweep'}")
     assert command("train", *argv).code == 0
     told = command("report", f"sweep={tmp_path / 'sweep'}")

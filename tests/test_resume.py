@@ -105,7 +105,15 @@ def test_chunks_stopped_inside_a_window_and_resumed_equal_undisturbed_ones(comma
 def test_decisions_of_the_host_are_resumed(command, undisturbed, tmp_path, monitor):
     """Plateau and patience look at results, so that what the host remembers must be the same too."""
     validation = "data.validation=0.2" if monitor.startswith("validation") else "data.validation=0"
-    argv = ("experiment=mlp_regression", validation, f"train.monitor={monitor}", "optimizer.learning_rate=0.3", "data.batch=16", "train.epochs=null")
+    argv = (
+        "experiment=mlp_regression",
+        "train.chunk=1",
+        validation,
+        f"train.monitor={monitor}",
+        "optimizer.learning_rate=0.3",
+        "data.batch=16",
+        "train.epochs=null",
+    )
     argv += ("schedule=plateau", "schedule.patience=0", "train.patience=6", "train.steps=400", "train.eval_every=5", "train.log_every=7", *QUIET)
     folder = undisturbed(argv)
     rates = {record["learning_rate"] for record in curve(folder) if "learning_rate" in record}
@@ -129,7 +137,7 @@ def test_a_run_killed_after_its_last_checkpoint_needs_only_its_result(command, t
 
 
 def test_a_damaged_latest_checkpoint_costs_its_steps_only(command, undisturbed, tmp_path):
-    argv = (*RUNS["mlp"], *QUIET)
+    argv = (*RUNS["mlp"], *QUIET, "train.save_every=10")
     assert command("train", *argv, f"run_dir={tmp_path}", "train.stop_at=20").code == 0
     (tmp_path / "checkpoints" / "20" / "host.json").write_text("{}")
     told = command("train", *argv, f"run_dir={tmp_path}")

@@ -17,7 +17,7 @@ from research.training.loop import Loop
 RESULT = {"status", "reason", "experiment", "step", "params", "metrics", "best", "expect", "compile_s", "train_s", "steps_per_s", "examples_per_s"}
 RESULT |= {"tokens_per_s", "peak_bytes", "device", "params_sha256", "state_sha256"}
 ENVIRONMENT = {"time", "command", "python", "platform", "host", "cpus", "devices", "versions", "commit"}
-SHORT = ("train.steps=20", "train.eval_every=10", "train.log_every=5")
+SHORT = ("train.steps=20", "train.eval_every=10", "train.save_every=10", "train.log_every=5")
 QUIET = ("logger.figures=false", "logger.tensorboard=false")
 MLP = ("model.width=8", "model.depth=1")
 GPT = (
@@ -31,9 +31,16 @@ GPT = (
     "schedule.warmup=2",
 )
 FAMILIES = {
-    "mlp": ("experiment=digits_mlp", *MLP),
+    "mlp": ("experiment=digits_mlp", "train.chunk=1", *MLP),
     "cnn": ("experiment=digits_cnn", "model.channels=[4,4,8]", "model.hidden=[8]", "train.epochs=null"),
-    "regression": ("experiment=mlp_regression", "data.validation=20", "data.test=20", "train.epochs=null", "train.monitor=validation/loss"),
+    "regression": (
+        "experiment=mlp_regression",
+        "train.chunk=1",
+        "data.validation=20",
+        "data.test=20",
+        "train.epochs=null",
+        "train.monitor=validation/loss",
+    ),
     "gpt": GPT,
 }
 

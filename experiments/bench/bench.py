@@ -20,6 +20,7 @@ import time
 from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
+PEERS = HERE.parents[1] / "tests" / "peers"
 TABLE, MARKDOWN, FIGURE = HERE / "table.json", HERE / "table.md", HERE / "context.png"
 CONTEXTS, TOKENS = (512, 1024, 2048, 4096, 8192), 8192
 DEVICES = (1, 2, 4, 8)
@@ -71,7 +72,9 @@ GPU = {
     ),
 }
 PARTS = (*ROWS, "quickstart", "context", "devices", "sweeps")
-SWEEP = ("experiment=digits_mlp", "optimizer.learning_rate=1e-4,2e-4,5e-4,1e-3,2e-3,5e-3,1e-2,2e-2", "seed=range(4)")
+SWEPT = ("learning_rate=1e-4,2e-4,5e-4,1e-3,2e-3,5e-3,1e-2,2e-2", "seed=range(4)")
+SWEEP = ("experiment=digits_mlp", f"optimizer.{SWEPT[0]}", SWEPT[1])
+PLAIN = "plain Hydra, Flax and Optax"
 LAUNCHERS = {  # name: (overrides, how many times faster the first one must be)
     "compiled": (("hydra/launcher=compiled",), None),
     "compiled, reuse": (("hydra/launcher=compiled", "hydra.launcher.mode=reuse"), None),
@@ -175,19 +178,16 @@ def markdown(table: dict[str, dict[str, Any]]) -> str:
         lines += ["| launcher | s, no program kept | times `compiled` | at least | s, programs kept | programs | s of a trial beside training |"]
         lines += ["|---|---|---|---|---|---|---|"]
         for point in entry["points"]:
-            bar = LAUNCHERS[point["launcher"]][1]
-            cells = [
-                f"{point['cold_s']:.1f}",
-                f"{point['cold_s'] / first['cold_s']:.2f}",
-                "" if bar is None else f"{bar:g}",
-                f"{point['warm_s']:.1f}",
-            ]
-            lines.append(f"| {' | '.join([point['launcher'], *cells, point['told'], format(point['beside_s'], '.2f')])} |")
+            bar = LAUNCHERS.get(point["launcher"], ((), None))[1]
+            warm, beside = ("" if point[name] is None else f"{point[name]:{form}}" for name, form in (("warm_s", ".1f"), ("beside_s", ".2f")))
+            cells = [f"{point['cold_s']:.1f}", f"{point['cold_s'] / first['cold_s']:.2f}", "" if bar is None else f"{bar:g}", warm]
+            lines.append(f"| {' | '.join([point['launcher'], *cells, point['told'], beside])} |")
         lines += [
             "",
             f"Bars: {verdict('sweeps', entry)}. A step is compiled for its content, and rates and seeds are values of it: so `basic`, too, compiles",
         ]
-        lines += ["once for all its jobs, and each worker of `joblib` once for its own."]
+        lines += ["once for all its jobs, and each worker of `joblib` once for its own. The last row is the same work without this project"]
+        lines += ["(`tests/peers/sweep_hydra.py`), where each job compiles its step anew, as Flax's own examples have it."]
     return "\n".join(lines) + "\n"
 
 
@@ -309,7 +309,21 @@ def _sweeps() -> dict[str, Any]:
         beside = sorted(trial["seconds"] - trial["result"]["train_s"] - trial["result"]["compile_s"] for trial in trials)
         points.append({"launcher": name, "cold_s": cold, "warm_s": warm, "trials": len(trials), "beside_s": beside[len(beside) // 2], "told": told})
         print(points[-1], flush=True)
+    points.append(_swept_plainly())
+    print(points[-1], flush=True)
     return {"points": points}
+
+
+def _swept_plainly() -> dict[str, Any]:
+    """The same work by tests/peers/sweep_hydra.py, which knows nothing of this project."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(PEERS / "sweep_hydra.py"), "-m", *SWEPT, f"hydra.sweep.dir={folder}"]
+        start = time.perf_counter()
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        seconds, results = time.perf_counter() - start, list(pathlib.Path(folder).glob("*/result.json"))
+    if done.returncode:
+        raise SystemExit(f"error: {' '.join(command)} ended with code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+    return {"launcher": PLAIN, "cold_s": seconds, "warm_s": None, "trials": len(results), "beside_s": None, "told": "one for each job"}
 
 
 def _swept(folder: pathlib.Path, name: str, overrides: tuple[str, ...]) -> tuple[float, list[dict[str, Any]], str]:

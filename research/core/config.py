@@ -183,15 +183,22 @@ def save_config(config: Mapping[str, Any], path: epath.PathLike) -> None:
 
 
 def _masked(config: Mapping[str, Any]) -> DictConfig:
-    """A copy in which every secret is an escaped interpolation: it resolves to its own text, wherever it is referred to."""
-    masked = copy.deepcopy(config) if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
+    """To be read only: the config, where it names secrets a copy in which each is an escaped interpolation, that resolves to its own text."""
+    config = config if isinstance(config, DictConfig) else OmegaConf.create(dict(config))
+    secrets = {name: written for name, written in leaves(config) if isinstance(written, str) and _is_secret(written)}
+    if not secrets:
+        return config  # copying takes longer than all that is done with it
+    masked = copy.deepcopy(config)
     OmegaConf.set_readonly(masked, False)
-    for name, written in leaves(masked):
-        variable = _VARIABLE.search(written) if isinstance(written, str) else None
-        if variable and _SECRET.search(variable[1]):
-            optional = re.sub(r"(\$\{\s*oc\.env\s*:[^,{}]+)\}", r"\1,null}", written)
-            OmegaConf.update(masked, name, optional.replace("${", "\\${"))
+    for name, written in secrets.items():
+        optional = re.sub(r"(\$\{\s*oc\.env\s*:[^,{}]+)\}", r"\1,null}", written)
+        OmegaConf.update(masked, name, optional.replace("${", "\\${"))
     return masked
+
+
+def _is_secret(written: str) -> bool:
+    variable = _VARIABLE.search(written)
+    return variable is not None and _SECRET.search(variable[1]) is not None
 
 
 def read_config(path: epath.PathLike) -> DictConfig:

@@ -1,7 +1,8 @@
-"""Which way a score is better."""
+"""Which scores are looked at first, and which way each is better."""
 
 from typing import Literal
 
+HEADLINES = ("bits_per_byte", "perplexity", "accuracy", "r2", "mae")  # the first that was evaluated stands for a run beside its loss
 RISING = ("accuracy", "r2", "f1", "precision", "recall", "top_")  # higher is better; of everything else lower is
 
 

@@ -10,10 +10,9 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from research.core.direction import direction
+from research.core.direction import HEADLINES, direction
 from research.figures import style
 
-HEADLINES = ("bits_per_byte", "perplexity", "accuracy", "r2", "mae")  # the first that was evaluated is drawn beside the loss
 LOG_RATIO = 50.0  # a loss that spans more than this is drawn on a log scale
 Line = tuple[Float[np.ndarray, "t"], Float[np.ndarray, "t"]]
 

@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from research.figures import style
-from research.figures.images import pixels
+from research.figures.pixels import pixels
 
 UNKNOWN = (0.8, 0.8, 0.8, 1.0)  # the colour of a value that is not finite
 COLOURS: Colormap = colormaps["RdBu_r"].with_extremes(bad=UNKNOWN)  # red: for the output, blue: against it

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from research.core.direction import direction
+from research.core.direction import HEADLINES, direction
 from research.core.errors import ConfigError, nearest
-from research.figures.curves import HEADLINES
 from research.sweep import statistics
 from research.sweep.settings import Outcome, Setting, group
 from research.sweep.statistics import Difference, Importance, Summary

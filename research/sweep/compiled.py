@@ -246,8 +246,12 @@ def _measured(assembly: Assembly, source: Any, config: DictConfig, rows: int, co
         chunk = 1
     loader = Loader(source, config.data.batch, seed=0)
     step, state = assembly.step, assembly.state()
-    single = Jit().train(step)
-    alone = _seconds(lambda given: single(given, None, loader[0])[0], _copied(state))
+    own = assembly.settings.chunk
+    if own > 1:
+        held, picks = next(iter(loader.chunks(0, own, own)))
+        alone = _seconds(lambda given: Jit().train_chunk(step)(given, None, held, picks)[0], _copied(state)) / own
+    else:
+        alone = _seconds(lambda given: Jit().train(step)(given, None, loader[0])[0], _copied(state))
     left = f"{1e3 * alone:.2g} ms a step alone"
     if count * steps * alone < WORTH_S:
         return Way("reuse", why=left)

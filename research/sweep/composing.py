@@ -72,6 +72,6 @@ def _settled(config: DictConfig) -> DictConfig:
     before = HydraConfig.instance().cfg
     try:
         HydraConfig.instance().set_config(config)
-        return settled(copy.deepcopy(config))
+        return settled(config)
     finally:
         HydraConfig.instance().cfg = before

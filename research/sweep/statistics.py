@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy.special import ndtr, ndtri, stdtr, stdtrit  # of scipy.stats, which takes a second to load, but two names
 
 LEVEL = 0.95
 RESAMPLES = 4999
@@ -73,7 +73,7 @@ def t_interval(values: Sequence[float] | Float[np.ndarray, "n"], level: float = 
     x = np.asarray(values, np.float64)
     if len(x) < 2:
         return NONE
-    reach = float(stats.t.ppf((1 + level) / 2, len(x) - 1)) * float(x.std(ddof=1)) / math.sqrt(len(x))
+    reach = float(stdtrit(len(x) - 1, (1 + level) / 2)) * float(x.std(ddof=1)) / math.sqrt(len(x))
     return Interval(float(x.mean()) - reach, float(x.mean()) + reach)
 
 
@@ -95,12 +95,12 @@ def bootstrap_interval(
         return Interval(float(x[0]), float(x[0]))
     means = x[np.random.default_rng(seed).integers(0, n, (resamples, n))].mean(1)
     below = ((means < x.mean()).sum() + (means <= x.mean()).sum()) / (2 * resamples)  # ties count half: scores are often coarse
-    bias = stats.norm.ppf(below)
+    bias = ndtri(below)
     left_out = (x.sum() - x) / (n - 1)
     spread = left_out.mean() - left_out
     acceleration = (spread**3).sum() / (6 * (spread**2).sum() ** 1.5)
-    z = bias + stats.norm.ppf([(1 - level) / 2, (1 + level) / 2])
-    low, high = np.quantile(means, stats.norm.cdf(bias + z / (1 - acceleration * z)))
+    z = bias + ndtri([(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, ndtr(bias + z / (1 - acceleration * z)))
     return Interval(float(low), float(high))
 
 
@@ -121,6 +121,8 @@ def difference(a: Mapping[str, float], b: Mapping[str, float], *, level: float =
             return Difference(0, mean, NONE, NAN, NAN)
         if np.ptp(x) == np.ptp(y) == 0:
             return Difference(0, mean, Interval(mean, mean), 1.0 if mean == 0 else NAN, NAN)
+        from scipy import stats
+
         test: Any = stats.ttest_ind(x, y, equal_var=False)
         ends = test.confidence_interval(level)
         return Difference(0, mean, Interval(float(ends.low), float(ends.high)), float(test.pvalue), NAN)
@@ -129,7 +131,7 @@ def difference(a: Mapping[str, float], b: Mapping[str, float], *, level: float =
     spread = float(d.std(ddof=1))
     if spread <= 1e-12 * float(np.abs(d).max()):
         return Difference(len(d), float(d.mean()), t_interval(d, level), flips, flips)
-    p = 2 * float(stats.t.sf(abs(d.mean()) / (spread / math.sqrt(len(d))), len(d) - 1))
+    p = 2 * float(stdtr(len(d) - 1, -abs(d.mean()) / (spread / math.sqrt(len(d)))))
     return Difference(len(d), float(d.mean()), t_interval(d, level), p, flips)
 
 
@@ -183,6 +185,7 @@ def importance(columns: Mapping[str, Sequence[object]], scores: Sequence[float],
     Source:  Breiman 2001, section 10, on folds instead of out-of-bag trials; that half the rise is the total effect: Jansen 1999, for the index,
              Gregorutti et al. 2017, for forests.
     """
+    from scipy import stats
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.model_selection import KFold
 

@@ -1,7 +1,7 @@
 """From a resolved config to the step that it describes."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -9,11 +9,12 @@ import jax
 from omegaconf import DictConfig
 
 from research.core import mup
-from research.core.build import build
+from research.core.build import build, freeze
 from research.core.config import remodelled, split_values
 from research.core.errors import ConfigError, nearest
+from research.core.shared import shared
 from research.core.spec import abstract_batch, zero_batch
-from research.core.types import State, Tree
+from research.core.types import Batch, State, Tree
 from research.training.loop import Settings
 from research.training.optimizer import Optimizer
 from research.training.parallel import Jit, Parallel
@@ -42,7 +43,11 @@ class Assembly:
 
     def abstract(self) -> State:
         """The shapes and dtypes of the state, and where its arrays lie; nothing is computed."""
-        return self.parallel.abstract(jax.eval_shape(self.step.create, self._key(), abstract_batch(self.spec, 1), self.hyper))
+
+        def shapes() -> State:
+            return jax.eval_shape(self.step.create, self._key(), abstract_batch(self.spec, 1), self.hyper)
+
+        return self.parallel.abstract(shared(("abstract", *self._kind()), shapes))
 
     def still(self) -> Tree:
         """The shapes and dtypes of what stands still beside the state, as far as predicting needs it; None for most runs."""
@@ -58,13 +63,20 @@ class Assembly:
         # on one device, the very program of the run, which keeps what is traced here
         program = self.parallel.train(self.step) if isinstance(self.parallel, Jit) else dataclasses.replace(self.step, axis=None)
         try:
-            _, metrics = jax.eval_shape(program, self.abstract(), frozen, example)
+            names = shared(("checked", *self._kind(), batch), lambda: self._names(program, frozen, example))
         except KeyError as error:
             raise ConfigError(_missing(error.args[0], self.spec, type(self.step.objective).__name__)) from error
-        names = {*metrics, *self.step.objective.derived(dict.fromkeys(metrics, 1.0))}
         known = [f"{split}/{name}" for split in ("train", "validation") for name in names]
         if self.settings.monitor not in known:
             raise ConfigError(f"train.monitor={self.settings.monitor!r} is no metric of this run{nearest(self.settings.monitor, known)}")
+
+    def _names(self, program: Any, frozen: Tree, example: Batch) -> set[str]:
+        _, metrics = jax.eval_shape(program, self.abstract(), frozen, example)
+        return {*metrics, *self.step.objective.derived(dict.fromkeys(metrics, 1.0))}
+
+    def _kind(self) -> tuple[Hashable, ...]:
+        """What shapes depend on: equal for the runs of one program."""
+        return self.step, self.settings.key, freeze(self.spec), tuple(sorted(self.hyper))
 
     def _key(self) -> jax.Array:
         return jax.random.key(self.seed, impl={"threefry": "threefry2x32", "rbg": "rbg"}[self.settings.key])

@@ -8,6 +8,7 @@
 """
 
 import contextlib
+import dataclasses
 import errno
 import json
 import logging
@@ -15,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -36,6 +38,7 @@ from research.training import manifest
 
 HOST, BEST, ARRAYS, FROZEN, PARTIAL = "host.json", "best", "state", "frozen", ".partial"
 Kinds = dict[str, tuple[str, tuple[int, ...]]]  # canonical path -> dtype, shape
+PACE_S = 10.0  # between two checkpoints of a run that evaluates more often: what a kill -9 may cost it
 _FILES = 1 << 18  # bytes of all that a checkpoint holds beside its arrays, in blocks of a disk
 
 _log = logging.getLogger(__name__)
@@ -47,6 +50,17 @@ class _UnreadableError(Exception):
     """Why a checkpoint with a sound manifest cannot be used."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Snapshot:
+    """What one checkpoint is to say: a copy, which no step changes any more."""
+
+    step: int
+    leaves: dict[str, Any]
+    kinds: Kinds
+    host: str
+    best: bool
+
+
 class Checkpoints:
     """The checkpoints of one run folder: one writer at a time, any number of readers.
 
@@ -54,17 +68,21 @@ class Checkpoints:
     the steps since the last one. Always kept are the latest, the one before it (should the latest be damaged) and the best.
 
     Args:    run: the run folder, local or any address that etils.epath knows.  keep: what else is kept: "latest" (nothing), "all", or
-             "every:N" (steps that N divides).  read_only: for readers: leave what an interrupted writer left behind, and refuse to save.
+             "every:N" (steps that N divides).  pace_s: seconds between two that are written; those in between wait in memory, where a later one
+             takes their place, and the last is written by `wait`.  read_only: for readers: leave what an interrupted writer left behind, and
+             refuse to save.
     Raises:  ConfigError: an unknown `keep`.
     """
 
-    def __init__(self, run: epath.PathLike, keep: str = "latest", *, read_only: bool = False):
+    def __init__(self, run: epath.PathLike, keep: str = "latest", *, pace_s: float = 0.0, read_only: bool = False):
         path = epath.Path(run)
         self.folder = (path if path.is_absolute() else path.absolute()) / "checkpoints"
         self._period = _period(keep)
         self._read_only = read_only
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
+        self._pace_s, self._paced = pace_s, time.monotonic()
+        self._held: _Snapshot | None = None  # not on its way to the disk yet
         if not read_only and hosts.first():
             self._clean()
 
@@ -80,7 +98,7 @@ class Checkpoints:
             _log.error("%s", error)  # the error that is under way says more
 
     def save(self, state: State, host: dict[str, Any], *, best: bool) -> None:
-        """Begins to write a checkpoint; the state is copied before this returns, so its buffers may be donated at once.
+        """Begins to write a checkpoint, or holds it for later; the state is copied before this returns, so its buffers may be donated at once.
 
         Later steps, left from before a rollback, are removed first. At most one checkpoint is being written: this waits for the one before.
 
@@ -89,19 +107,35 @@ class Checkpoints:
         """
         if self._read_only:
             raise ValueError(f"{self.folder} was opened for reading")
-        self.wait()
-        leaves, kinds = _own(state), _kinds(state)
-        content = (int(state.step), leaves, kinds, json.dumps(plain(host)), best)
-        if hosts.count() > 1:  # each writes its own part of the arrays, before the next step may use their memory again
-            self._write(*content)
+        new = _Snapshot(int(state.step), _own(state), _kinds(state), json.dumps(plain(host)), best)
+        if self._held is not None and self._held.best and not best:
+            self._begin(self._held)
+        self._held = None
+        kept = self._period and new.step % self._period == 0
+        if kept or hosts.count() > 1 or time.monotonic() - self._paced >= self._pace_s:
+            self._begin(new)
         else:
-            self._pending = self._thread.submit(self._write, *content)
+            self._held = new
 
     def wait(self) -> None:
-        """Returns when the checkpoint that is being written is on disk.
+        """Returns when all that was saved is on disk.
 
         Raises:  CheckpointError: it could not be written; the message names its path.
         """
+        held, self._held = self._held, None
+        if held is not None:
+            self._begin(held)
+        self._written()
+
+    def _begin(self, snapshot: "_Snapshot") -> None:
+        self._written()
+        self._paced = time.monotonic()
+        if hosts.count() > 1:  # each writes its own part of the arrays, before the next step may use their memory again
+            self._write(snapshot)
+        else:
+            self._pending = self._thread.submit(self._write, snapshot)
+
+    def _written(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -233,14 +267,15 @@ class Checkpoints:
             raise _UnreadableError("its arrays are not those that were saved")
         return jax.tree.map(_placed, restack(leaves, like), like)
 
-    def _write(self, step: int, leaves: dict[str, np.ndarray], kinds: Kinds, host: str, best: bool) -> None:
+    def _write(self, new: "_Snapshot") -> None:
         """One checkpoint, in the background thread."""
-        with self._writing(str(step)):
+        with self._writing(str(new.step)):
             for later in reversed(self.steps()):
-                if later > step and hosts.first():
+                if later > new.step and hosts.first():
                     _remove(self._path(later))
-            files = {HOST: host} | ({BEST: ""} if best else {})
-            self._replace(str(step), leaves, {"step": step, "state_sha256": sha256(leaves), "tree": kinds}, files)
+            files = {HOST: new.host} | ({BEST: ""} if new.best else {})
+            content = {"step": new.step, "state_sha256": sha256(new.leaves), "tree": new.kinds}
+            self._replace(str(new.step), new.leaves, content, files)
             if hosts.first():
                 self._prune()
 

@@ -75,9 +75,8 @@ class Log:
         record = plain({"step": step, "time_s": round(time.time(), 3), **values})
         self._file.write((json.dumps(record) + "\n").encode())
         self._logged |= record.keys()
-        for name, value in record.items():
-            if self._events and name not in ("step", "time_s") and value is not None:
-                self._events.add(self._summary.scalar(name, value), step)
+        if self._events:
+            self._events.scalars({name: value for name, value in record.items() if name not in ("step", "time_s") and value is not None}, step)
 
     def progress(self, step: int, status: str) -> None:
         """Moves the bar, where there is one."""

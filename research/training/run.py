@@ -4,6 +4,7 @@ import contextlib
 import copy
 import datetime
 import fcntl
+import functools
 import io
 import json
 import os
@@ -167,6 +168,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
 def _version(name: str) -> str | None:
     from importlib import metadata
 
@@ -175,6 +177,7 @@ def _version(name: str) -> str | None:
     return None
 
 
+@functools.cache
 def _commit() -> str | None:
     """The commit of the checkout that this code runs from, with "+" where it was changed."""
     here = os.path.dirname(os.path.abspath(__file__))

@@ -243,7 +243,7 @@ def test_a_teacher_whose_weights_have_changed_is_refused(trained):
 
 
 def test_a_teacher_with_other_outputs_is_refused(trained, command, tmp_path):
-    told = command("train", "experiment=mlp_regression", "train.epochs=1", *QUIET, f"run_dir={tmp_path / 'other'}")
+    told = command("train", "experiment=mlp_regression", "train.epochs=10", *QUIET, f"run_dir={tmp_path / 'other'}")
     assert told.code == 0, told.err
     with pytest.raises(ConfigError, match=r"other' has other outputs: classes=None there, classes=10 in this run's data"):
         trained(run=str(tmp_path / "other"), sha256=None)
@@ -255,6 +255,8 @@ def test_a_missing_teacher_is_told(trained):
 
 
 def test_an_objective_that_learns_from_nobody_refuses_a_teacher(parent, command, tmp_path):
-    told = command("train", "experiment=digits_mlp", f"teacher.run={parent('mlp')}", "train.steps=1", *QUIET, f"run_dir={tmp_path / 'x'}")
+    told = command(
+        "train", "experiment=digits_mlp", "train.chunk=1", f"teacher.run={parent('mlp')}", "train.steps=1", *QUIET, f"run_dir={tmp_path / 'x'}"
+    )
     assert told.code == 2
     assert "Classify learns from no teacher; a student is made by research.compress" in told.err[-1]

@@ -71,7 +71,7 @@ def test_a_missing_extra_and_an_unknown_country_are_told(codecarbon, monkeypatch
         pass
 
 
-RUN = ("experiment=digits_mlp", "model.width=4", "model.depth=1", "train.steps=2", "train.eval_every=null", "train.log_every=2")
+RUN = ("experiment=digits_mlp", "train.chunk=1", "model.width=4", "model.depth=1", "train.steps=2", "train.eval_every=null", "train.log_every=2")
 QUIET = ("logger.figures=false", "logger.tensorboard=false", "logger.progress=none")
 
 

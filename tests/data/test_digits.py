@@ -1,7 +1,10 @@
+import importlib.util
+
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
-from research.core.errors import ConfigError
+from research.core.errors import ConfigError, DataError
 from research.data.digits import digits
 
 
@@ -13,6 +16,21 @@ def test_the_digits_are_split_into_fifths_and_tenths_by_the_seed():
     rows = np.concatenate(list(data.indices.values()))
     assert sorted(rows.tolist()) == list(range(1797))
     assert (data.indices["test"] != other.indices["test"]).any()
+
+
+def test_they_are_those_of_scikit_learn():
+    pixels, labels = load_digits(return_X_y=True)
+    data = digits()
+    for name, source in data.splits.items():
+        rows = data.indices[name]
+        assert (source.raw["label"] == labels[rows]).all()
+        assert (source.raw["image"].reshape(-1, 64) == np.rint(pixels[rows] * 255 / 16)).all()
+
+
+def test_without_scikit_learn_one_line_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"^the digits come with scikit-learn, which is not installed: pip install scikit-learn$"):
+        digits()
 
 
 def test_pixels_span_the_bytes_and_labels_are_balanced():

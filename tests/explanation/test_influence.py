@@ -258,7 +258,16 @@ def test_a_sample_of_the_training_split_is_drawn_by_the_seed(model):
 def kept(command, tmp_path_factory):
     """A run that kept all its checkpoints: 4 updates, of which one is an evaluation each."""
     folder = tmp_path_factory.mktemp("kept") / "run"
-    words = ("experiment=digits_mlp", "model.width=16", "model.depth=1", "schedule=cosine", "schedule.warmup=1", "train.keep=all", "train.steps=4")
+    words = (
+        "experiment=digits_mlp",
+        "train.chunk=1",
+        "model.width=16",
+        "model.depth=1",
+        "schedule=cosine",
+        "schedule.warmup=1",
+        "train.keep=all",
+        "train.steps=4",
+    )
     quiet = ("train.eval_every=1", "logger.figures=false", "logger.tensorboard=false", "logger.progress=none", "logger.sample=false")
     told = command("train", *words, *quiet, "train.epochs=null", "train.log_every=1", f"run_dir={folder}")
     assert told.code == 0, told.err

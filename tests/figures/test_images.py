@@ -3,7 +3,8 @@
 import numpy as np
 
 from research.figures import style
-from research.figures.images import image_grid, pixels, sheet
+from research.figures.images import image_grid
+from research.figures.pixels import pixels, sheet
 
 
 def test_pixels_of_any_range_and_number_of_channels():

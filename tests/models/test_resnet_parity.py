@@ -60,9 +60,10 @@ def test_logits_gradients_and_statistics(configured, filled, stem):
         for name, value in given.items():
             state[name].copy_(torch.tensor(value))
     images = torch.tensor(x).permute(0, 3, 1, 2)
-    still = peer.eval()(images).detach()
-    want = peer.train()(images)
-    nn.functional.cross_entropy(want, torch.tensor(label).long()).backward()
+    with torch.backends.mkldnn.flags(enabled=False):  # oneDNN's gradient of the strided 1x1 kernel differs from call to call on an AMD EPYC
+        still = peer.eval()(images).detach()
+        want = peer.train()(images)
+        nn.functional.cross_entropy(want, torch.tensor(label).long()).backward()
 
     @jax.jit
     def step(params, stats):

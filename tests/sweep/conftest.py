@@ -4,7 +4,16 @@ import pytest
 
 from research.sweep.ledger import Ledger
 
-DIGITS = ("experiment=digits_mlp", "model.width=16", "model.depth=1", "data.batch=32", "train.steps=20", "train.eval_every=10", "train.log_every=10")
+DIGITS = (
+    "experiment=digits_mlp",
+    "train.chunk=1",
+    "model.width=16",
+    "model.depth=1",
+    "data.batch=32",
+    "train.steps=20",
+    "train.eval_every=10",
+    "train.log_every=10",
+)
 QUIET = ("logger.tensorboard=false", "logger.figures=false", "logger.progress=none", "check=false", "expect=null")
 
 

@@ -26,16 +26,17 @@ def curves(folder):
 
 def sizes():
     """Programs that each way of training holds."""
-    return parallel._jit_train._cache_size(), trials.steps._cache_size() + trials.chunks._cache_size()
+    return parallel._jit_train._cache_size() + parallel._jit_chunk._cache_size(), trials.steps._cache_size() + trials.chunks._cache_size()
 
 
-def test_one_after_another_each_is_the_lone_run_bit_for_bit(sweep, result):
-    before = sizes()
-    told, held = sweep(*FOUR, COMPILED, "hydra.launcher.mode=reuse")
+@pytest.mark.parametrize("chunk", [1, 10])
+def test_one_after_another_each_is_the_lone_run_bit_for_bit(sweep, result, chunk):
+    before, four = sizes(), (*FOUR, f"train.chunk={chunk}")
+    told, held = sweep(*four, COMPILED, "hydra.launcher.mode=reuse")
     assert told.code == 0, told.err
     assert [now - then for now, then in zip(sizes(), before, strict=True)] == [1, 0]
     assert "4 trials of one program: one after another" in "\n".join(told.err)
-    _, alone = sweep(*FOUR, folder="alone")
+    _, alone = sweep(*four, folder="alone")
     for trial, lone in zip(held, alone, strict=True):
         assert result(sweep.path / trial.run)["state_sha256"] == result(sweep.path.parent / "alone" / lone.run)["state_sha256"]
     assert curves(sweep.path) == curves(sweep.path.parent / "alone")

@@ -124,6 +124,31 @@ def test_the_latest_the_one_before_the_best_and_what_was_asked_for_are_kept(fold
             assert_same(found, state(step))
 
 
+def test_within_the_pace_only_what_a_later_one_cannot_replace_is_written(folder):
+    with Checkpoints(folder, keep="every:50", pace_s=3600) as checkpoints:
+
+        def saved(step, *, best=False):
+            checkpoints.save(state(step), {"step": step}, best=best)
+            checkpoints._written()  # waits for the writer, and begins nothing
+            return checkpoints.steps()
+
+        assert saved(10, best=True) == []
+        assert saved(20, best=True) == []  # a better one, in the place of the first
+        assert saved(30) == [20]  # the best would be lost
+        assert saved(40) == [20]
+        assert saved(50) == [20, 50]  # asked for
+        assert saved(60) == [20, 50]
+        found, host = checkpoints.restore("latest", LIKE)
+        assert_same(found, state(60))
+        assert host == {"step": 60}
+        assert checkpoints.best() == 20
+        checkpoints._paced -= 3600
+        assert saved(70)[-1] == 70
+        assert saved(80)[-1] == 70
+    with Checkpoints(folder, read_only=True) as checkpoints:  # leaving the block has written the last
+        assert checkpoints.steps() == [20, 50, 70, 80]
+
+
 def test_the_best_is_the_latest_where_none_was_named(folder):
     with Checkpoints(folder) as checkpoints:
         save(checkpoints, 1, 2)

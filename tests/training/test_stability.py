@@ -188,7 +188,15 @@ def test_what_is_measured_does_not_depend_on_microbatches(make_step, batches, tr
 
 @pytest.mark.slow
 def test_the_option_reaches_metrics_jsonl_and_a_resumed_run_writes_the_same(command, tmp_path):
-    common = ("experiment=digits_mlp", "model.width=8", "train.steps=6", "train.eval_every=2", "train.log_every=3", "train.stability=true")
+    common = (
+        "experiment=digits_mlp",
+        "train.chunk=1",
+        "model.width=8",
+        "train.steps=6",
+        "train.eval_every=2",
+        "train.log_every=3",
+        "train.stability=true",
+    )
     quiet = ("logger.figures=false", "logger.tensorboard=false", "logger.progress=none")
     for path, halves in (("whole", ((),)), ("halves", (("train.stop_at=4",), ()))):  # 4: in the middle of a window
         for half in halves:

@@ -27,7 +27,7 @@ class Slow(Loader):
 @pytest.fixture(scope="module")
 def run():
     """(assembly, slow loader) of a small network on digits."""
-    config = compose(["experiment=digits_mlp", "model.width=4", "model.depth=1"])
+    config = compose(["experiment=digits_mlp", "train.chunk=1", "model.width=4", "model.depth=1"])
     dataset = open_data(config.data)
     with open_dict(config):
         config.data.spec = dict(dataset.spec)
