@@ -164,6 +164,7 @@ class Loop:
             train, fetched = self.parallel.train(self.step), ((batch,) for batch in self.batches.iterate(at, stop, self.parallel.put))
         else:
             train, fetched = self.parallel.train_chunk(self.step), self.batches.chunks(at, stop, chunk)
+        ready: tuple[Any, ...] | None = None  # what the next step is given, where it is known already
         self._kinds: dict[str, Any] = {}  # of what the step is given
         # the run may have been killed between its last checkpoint and its result
         ended = self._out_of_patience() or self._pruned(start, {}) if start else None
@@ -180,11 +181,7 @@ class Loop:
                     self._save(live, best=improved)
                 if ended:
                     break
-                waited = self.clock.seconds["wait"]
-                with self.clock.span("wait"):
-                    fed = next(fetched)
-                if self._pending and not jax.tree.leaves(self._pending[-1][1])[0].is_ready():  # the device did not wait: it has a step to do
-                    self.clock.move("wait", "train", self.clock.seconds["wait"] - waited)
+                fed, ready = ready or self._next(fetched), None
                 if self.step.stability and self._watch is None:
                     one = self.parallel.one((live, fed[0] if chunk == 1 else self.batches[at]))
                     self._watch = stability.Watch(stability.order(self.step.objective, one[0], frozen, one[1]))
@@ -196,12 +193,24 @@ class Loop:
                     del given
                     at += chunk
                     self._pending.append((at, metrics))
-                    if _due(at, settings.log_every):
+                if due := _due(at, settings.log_every):
+                    ready = self._next(fetched) if at < stop else None  # before the wait for this step
+                with self.clock.span("train"):
+                    if due:
                         self._write(at)
                     elif self.parallel.size > 1 and (chunk > 1 or at % _SYNCHRONISE == 0):
                         jax.block_until_ready(metrics)
         self.checkpoints.wait()
         return Outcome(self.parallel.one(live), self._host, *ended)
+
+    def _next(self, fetched: Iterator[tuple[Any, ...]]) -> tuple[Any, ...]:
+        """What a step is given; the time counts as waiting for data only where the device has nothing left to do."""
+        waited = self.clock.seconds["wait"]
+        with self.clock.span("wait"):
+            fed = next(fetched)
+        if self._pending and not jax.tree.leaves(self._pending[-1][1])[0].is_ready():
+            self.clock.move("wait", "train", self.clock.seconds["wait"] - waited)
+        return fed
 
     def _asked(self, interrupt: Interrupt, at: int) -> str | None:
         """The signal that asks the run to end; several hosts, of which any may have got one, agree on it at log points."""

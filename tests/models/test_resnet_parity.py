@@ -46,6 +46,7 @@ def named(tree):
     return named
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
 @pytest.mark.parametrize("stem", ["small", "imagenet"])
 def test_logits_gradients_and_statistics(configured, filled, stem):
     random = np.random.RandomState(0)

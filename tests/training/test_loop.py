@@ -137,6 +137,18 @@ def examples():
     return Arrays(fields, Preprocessor({}))
 
 
+def test_the_next_batch_is_taken_before_the_step_at_a_log_point_is_waited_for(run, batches, tmp_path):
+    class Watched(Repeated):
+        def iterate(self, start, stop, put):
+            for step in range(start, stop):
+                written.append(len(records(tmp_path)))
+                yield put(self[step])
+
+    written = []
+    run(batches=Watched(batches), log_every=5, eval_every=None)
+    assert written == [0] * 6 + [1] * 5 + [2] * 5 + [3] * 4
+
+
 def test_chunks_write_evaluate_and_save_as_single_steps_do(run, tmp_path, examples):
     kept = []
     for chunk in (1, 5):
