@@ -243,6 +243,8 @@ def _measured(assembly: Assembly, source: Any, config: DictConfig, rows: int, co
     try:
         source = place(source, chunk)
     except ConfigError:
+        if assembly.settings.chunk > 1:
+            return Way("reuse")  # each job is refused likewise, and says why
         chunk = 1
     loader = Loader(source, config.data.batch, seed=0)
     step, state = assembly.step, assembly.state()

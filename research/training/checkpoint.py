@@ -38,7 +38,7 @@ from research.training import manifest
 
 HOST, BEST, ARRAYS, FROZEN, PARTIAL = "host.json", "best", "state", "frozen", ".partial"
 Kinds = dict[str, tuple[str, tuple[int, ...]]]  # canonical path -> dtype, shape
-PACE_S = 10.0  # between two checkpoints of a run that evaluates more often: what a kill -9 may cost it
+PACE_S = 10.0  # between two checkpoints of a run that evaluates more often: what a kill -9 may cost it, and an evaluation or two
 _FILES = 1 << 18  # bytes of all that a checkpoint holds beside its arrays, in blocks of a disk
 
 _log = logging.getLogger(__name__)
@@ -107,12 +107,14 @@ class Checkpoints:
         """
         if self._read_only:
             raise ValueError(f"{self.folder} was opened for reading")
-        new = _Snapshot(int(state.step), _own(state), _kinds(state), json.dumps(plain(host)), best)
         if self._held is not None and self._held.best and not best:
             self._begin(self._held)
-        self._held = None
-        kept = self._period and new.step % self._period == 0
-        if kept or hosts.count() > 1 or time.monotonic() - self._paced >= self._pace_s:
+        self._held, step = None, int(state.step)
+        kept = self._period and step % self._period == 0
+        if due := kept or hosts.count() > 1 or time.monotonic() - self._paced >= self._pace_s:
+            self._written()  # before there is another copy in memory
+        new = _Snapshot(step, _own(state), _kinds(state), json.dumps(plain(host)), best)
+        if due:
             self._begin(new)
         else:
             self._held = new
