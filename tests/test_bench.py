@@ -68,7 +68,9 @@ def test_what_cannot_be_measured_here_is_refused_in_one_line(bench, capsys):
 def test_every_row_is_a_config(bench):
     composer = Composer("benchmark")
     for row in {**bench["ROWS"], **bench["GPU"]}.values():
-        composer.check([f"experiment={row.experiment}", "peer=torch", *row.overrides])
+        config = composer.load(composer.check([f"experiment={row.experiment}", "peer=torch", *row.overrides]))
+        length = f" x {config.data.time}" if "time" in config.data else ""
+        assert row.title.endswith(f"batch {config.data.batch}{length}")
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ ROWS = {
     "cnn": Row("Keras's CNN, batch 64", "mnist_cnn", (), 1.0),
     "cnn_small": Row("Keras's CNN, batch 12", "mnist_cnn", ("data.batch=12",), 1.0),
     "lstm": Row("LSTM 2x256, batch 64 x 64", "shakespeare_char_lstm", ("steps=15",), 1.2),
-    "resnet": Row("ResNet-18, 32 x 32, batch 32", "cifar10_resnet18", _LONG, 1.4),
+    "resnet": Row("ResNet-18, 32 x 32, batch 32", "cifar10_resnet18", ("data.batch=32", *_LONG), 1.4),
 }
 GPU = {
     "gpt2_124m": Row(

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.layers.conv import Conv, max_pool
+from research.layers import conv
+from research.layers.conv import Conv, convolve, max_pool
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -41,3 +42,38 @@ def test_conv_is_a_sum_over_its_window():
     module, x = Conv(2, 3), jnp.asarray(np.random.RandomState(0).randn(1, 5, 5, 3), jnp.float32)
     y, variables = jax.jit(module.init_with_output)(jax.random.key(1), x)
     np.testing.assert_allclose(y[0, 1, 2], np.einsum("yxc,yxcd->d", x[0, 1:4, 2:5], variables["params"]["kernel"]), atol=1e-5)
+
+
+AROUND = {"VALID": ((0, 0), (0, 0)), "SAME": ((1, 1), (1, 1)), "uneven": ((0, 1), (2, 1))}
+
+
+@pytest.mark.parametrize("columns", [conv.COLUMNS, 1], ids=["batch at once", "image by image"])
+@pytest.mark.parametrize("padding", AROUND)
+@pytest.mark.parametrize(("sides", "strides", "channels"), [((3, 3), (1, 1), 2), ((3, 3), (2, 2), 2), ((1, 1), (2, 2), 2), ((4, 3), (1, 2), 1)])
+def test_convolve_has_the_values_and_gradients_of_xla(sides, strides, channels, padding, columns, monkeypatch):
+    monkeypatch.setattr(conv, "COLUMNS", columns)
+    random = np.random.RandomState(0)
+    x, kernel = (jnp.asarray(random.randn(*shape), jnp.float32) for shape in ((4, 7, 9, channels), (*sides, channels, 5)))
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, strides, AROUND[padding], dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    slope = jnp.asarray(random.randn(*jax.eval_shape(plain, x, kernel).shape), jnp.float32)
+
+    @jax.jit
+    def value_and_gradients(x, kernel):
+        values_and_backs = [jax.vjp(form, x, kernel) for form in (lambda x, kernel: convolve(x, kernel, strides, AROUND[padding]), plain)]
+        return [(value, back(slope)) for value, back in values_and_backs]
+
+    got, want = value_and_gradients(x, kernel)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+
+@pytest.mark.parametrize(("rows", "at_once"), [(12, 4), (13, 1), (3, 3)])
+def test_windows_of_a_large_batch_are_read_in_pieces(rows, at_once, monkeypatch):
+    monkeypatch.setattr(conv, "COLUMNS", 5 * 6 * 6 * 9 * 2 * 4)  # bytes of the windows of five images of two channels
+    x, module = jnp.ones((rows, 6, 6, 2)), Conv(4, 3, "SAME")
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+    text = str(jax.make_jaxpr(jax.grad(lambda variables: jnp.sum(jnp.asarray(module.apply(variables, x)))))(variables))
+    assert f"f32[{at_once * 36},18]" in text
+    assert ("scan" in text) == (rows > at_once)
