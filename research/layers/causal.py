@@ -51,7 +51,7 @@ def reference_attention(query: Float[Array, "b h t k"], key: Float[Array, "b g t
 def blockwise_attention(query: Float[Array, "b h t k"], key: Float[Array, "b g t k"], value: Float[Array, "b g t k"]) -> Float[Array, "b h t k"]:
     """Causal attention as matrix products over spans of queries that skip the keys after them: the form for CPU.
 
-    XLA's CPU code is fast with the scale on the query, an additive mask on the last keys alone, and the division after the product with the values.
+    XLA's CPU code is fast with the scale on the query, an additive mask, and a backward pass written by hand, which has no forward-mode derivative.
     Memory grows with b x t, not with t x t: beyond `KEPT` positions weights are not kept, but computed again in the backward pass, a block of
     queries at a time. A long span is a loop over its blocks: XLA's scheduler for CPU holds the weights of many pieces of program at once.
     """
@@ -65,7 +65,7 @@ def blockwise_attention(query: Float[Array, "b h t k"], key: Float[Array, "b g t
 
 def span(time: int) -> int:
     """Queries that share one span of keys in a text of this length: few, so that few masked keys are multiplied, but not more than `SPANS` spans."""
-    return BLOCK // 2 if time <= 2 * BLOCK else max(BLOCK, -(-time // (SPANS * BLOCK)) * BLOCK)
+    return max(BLOCK, -(-time // (SPANS * BLOCK)) * BLOCK)
 
 
 def splash_attention(
@@ -119,10 +119,34 @@ def _span(query, key, value, start):
     rows = query.reshape(b, g, shared * n, k)  # one product serves all queries of a key head
     causal = jnp.arange(s, dtype=jnp.int32)[None] <= start + jnp.arange(n, dtype=jnp.int32)[:, None]  # n s
     mask = jnp.tile(jnp.where(causal, 0.0, MASKED), (shared, 1))[None, None]
+    return _read(rows, key, value, mask).reshape(query.shape)
+
+
+@jax.custom_vjp
+def _read(rows, key, value, mask):
+    """softmax(rows . key + mask) . value, of which the weights are kept: rows b g n k, key and value b g s k, mask 1 1 n s."""
+    return _read_forward(rows, key, value, mask)[0]
+
+
+def _read_forward(rows, key, value, mask):
     scores = jnp.einsum("bgnk,bgsk->bgns", rows, key, preferred_element_type=jnp.float32) + mask
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    read = jnp.einsum("bgns,bgsk->bgnk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    return (read / weights.sum(-1, keepdims=True)).astype(value.dtype).reshape(query.shape)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    weights = (weights / weights.sum(-1, keepdims=True)).astype(value.dtype)
+    read = jnp.einsum("bgns,bgsk->bgnk", weights, value)
+    return read, (rows, key, value, weights, read)
+
+
+def _read_backward(kept, slope):
+    rows, key, value, weights, read = kept
+    slope_weights = jnp.einsum("bgnk,bgsk->bgns", slope, value, preferred_element_type=jnp.float32)
+    mean = (slope * read).sum(-1, keepdims=True, dtype=jnp.float32)  # of the slopes, by the weights: a sum over k instead of over s
+    slope_scores = (weights * (slope_weights - mean)).astype(rows.dtype)
+    slope_rows = jnp.einsum("bgns,bgsk->bgnk", slope_scores, key)
+    slope_key = jnp.einsum("bgns,bgnk->bgsk", slope_scores, rows)
+    return slope_rows, slope_key, jnp.einsum("bgns,bgnk->bgsk", weights, slope), None
+
+
+_read.defvjp(_read_forward, _read_backward)
 
 
 def _dot_product(query, key, value, implementation=None):
