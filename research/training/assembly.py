@@ -59,11 +59,13 @@ class Assembly:
         Args:    batch: examples.  frozen: what stands still beside the state.
         Raises:  ConfigError: the objective reads what the data does not have, or `train.monitor` names no metric.
         """
-        example = abstract_batch(self.spec, batch // self.parallel.count)
+        part = batch // self.parallel.count
+        example, (still, treedef) = abstract_batch(self.spec, part), jax.tree.flatten(frozen)
+        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in still)
         # on one device, the very program of the run, which keeps what is traced here
         program = self.parallel.train(self.step) if isinstance(self.parallel, Jit) else dataclasses.replace(self.step, axis=None)
         try:
-            names = shared(("checked", *self._kind(), batch), lambda: self._names(program, frozen, example))
+            names = shared(("checked", *self._kind(), part, treedef, shapes), lambda: self._names(program, frozen, example))
         except KeyError as error:
             raise ConfigError(_missing(error.args[0], self.spec, type(self.step.objective).__name__)) from error
         known = [f"{split}/{name}" for split in ("train", "validation") for name in names]

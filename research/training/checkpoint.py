@@ -39,6 +39,7 @@ from research.training import manifest
 HOST, BEST, ARRAYS, FROZEN, PARTIAL = "host.json", "best", "state", "frozen", ".partial"
 Kinds = dict[str, tuple[str, tuple[int, ...]]]  # canonical path -> dtype, shape
 PACE_S = 10.0  # between two checkpoints of a run that evaluates more often: what a kill -9 may cost it, and an evaluation or two
+_SMALL = 1 << 24  # bytes of arrays that a paced run keeps of its best step, so that a short run need not read back what it has just written
 _FILES = 1 << 18  # bytes of all that a checkpoint holds beside its arrays, in blocks of a disk
 
 _log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         self._pace_s, self._paced = pace_s, time.monotonic()
         self._held: _Snapshot | None = None  # not on its way to the disk yet
+        self._best: _Snapshot | None = None  # as it was written, where it is small
         if not read_only and hosts.first():
             self._clean()
 
@@ -132,6 +134,9 @@ class Checkpoints:
     def _begin(self, snapshot: "_Snapshot") -> None:
         self._written()
         self._paced = time.monotonic()
+        if snapshot.best:
+            small = self._pace_s and hosts.count() == 1 and sum(leaf.nbytes for leaf in snapshot.leaves.values()) <= _SMALL
+            self._best = snapshot if small else None
         if hosts.count() > 1:  # each writes its own part of the arrays, before the next step may use their memory again
             self._write(snapshot)
         else:
@@ -167,7 +172,8 @@ class Checkpoints:
         return max((step for step in self.steps() if (self._path(step) / BEST).exists()), default=None)
 
     def restore(self, which: str | int, like: State) -> tuple[State, dict[str, Any]]:
-        """(the state, what the host remembered), verified against the manifest before anything is read.
+        """(the state, what the host remembered), verified against the manifest before anything is read; a small best one that this has just
+        written comes from memory.
 
         Where "latest" or "best" is damaged, the newest undamaged step before or beside it is taken, with a warning that names the bad file.
 
@@ -176,6 +182,9 @@ class Checkpoints:
         Raises:  CheckpointError: there is none; all are damaged; or it is another model's, with the first leaves that differ.
         """
         self.wait()
+        if which == "best" and self._best is not None and self._best.step == self.best() and self._best.kinds == _kinds(like):
+            copies = {path: leaf.copy() for path, leaf in self._best.leaves.items()}  # a step may be given them to write over
+            return jax.tree.map(_placed, restack(copies, like), like), json.loads(self._best.host)
         damaged: dict[int, str] = {}
         while (step := next((step for step in self._order(which) if step not in damaged), None)) is not None:  # a writer may add and remove some
             bad = self._damage(step, _kinds(like))

@@ -6,9 +6,10 @@ from omegaconf import OmegaConf
 
 from research.core.config import compose
 from research.core.errors import ConfigError
+from research.core.shared import sharing
 from research.core.spec import fields
 from research.core.tree import sha256
-from research.training.assembly import assemble
+from research.training.assembly import Assembly, assemble
 from research.training.parallel import Jit, Pmap
 
 SPEC = {"fields": fields(image=((8, 8, 1), "float32"), label=((), "int32")), "classes": 10, "outputs": 10, "image": [8, 8, 1]}
@@ -73,6 +74,21 @@ def test_a_run_is_read_on_one_device_whatever_it_was_trained_on():
 def test_what_does_not_fit_is_told(overrides, message):
     with pytest.raises(ConfigError, match=message):
         assembled(*overrides).check(64)
+
+
+def test_what_is_checked_once_for_many_runs_is_checked_anew_for_another_teacher(monkeypatch):
+    traced, names = [], Assembly._names
+
+    def counted(self, program, frozen, example):
+        traced.append(frozen)
+        return names(self, program, frozen, example)
+
+    monkeypatch.setattr(Assembly, "_names", counted)
+    small, large = ({"kernel": jax.ShapeDtypeStruct((n, n), "float32")} for n in (2, 3))
+    with sharing():
+        for frozen in (small, small, large, None, large):
+            assembled().check(64, frozen)
+    assert traced == [small, large, None]
 
 
 def test_a_derived_metric_can_be_watched():

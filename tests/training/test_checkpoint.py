@@ -20,7 +20,7 @@ import pytest
 from research.core.errors import CheckpointError, ConfigError
 from research.core.tree import paths, sha256, stack
 from research.core.types import State
-from research.training import manifest
+from research.training import checkpoint, manifest
 from research.training.checkpoint import Checkpoints
 from research.training.optimizer import Optimizer
 
@@ -147,6 +147,24 @@ def test_within_the_pace_only_what_a_later_one_cannot_replace_is_written(folder)
         assert saved(80)[-1] == 70
     with Checkpoints(folder, read_only=True) as checkpoints:  # leaving the block has written the last
         assert checkpoints.steps() == [20, 50, 70, 80]
+
+
+def test_a_paced_writer_has_its_small_best_in_memory(folder, monkeypatch):
+    with Checkpoints(folder, pace_s=3600) as checkpoints:
+        for step, best in ((10, True), (20, False)):
+            checkpoints.save(state(step), {"step": step}, best=best)
+        checkpoints.wait()
+        shutil.rmtree(checkpoints.folder / "10" / "state")
+        found, host = checkpoints.restore("best", LIKE)
+        assert_same(found, state(10))
+        assert host == {"step": 10}
+        jax.jit(lambda state: jax.tree.map(jnp.zeros_like, state.params), donate_argnums=0)(found)
+        assert_same(checkpoints.restore("best", LIKE)[0], state(10))
+        monkeypatch.setattr(checkpoint, "_SMALL", 1)  # bytes: from here on none is small
+        checkpoints.save(state(30), {"step": 30}, best=True)
+        checkpoints.wait()
+        shutil.rmtree(checkpoints.folder / "30" / "state")
+        assert int(checkpoints.restore("best", LIKE)[0].step) == 20
 
 
 def test_the_best_is_the_latest_where_none_was_named(folder):
