@@ -36,4 +36,4 @@ def shared(key: Hashable, make: Callable[[], T]) -> T:
     with held.lock:
         if key not in held:
             held[key] = make()
-        return held[key]  # type: ignore[return-value]
+        return held[key]  # type: ignore[return-value]  # whatever `make` gave for this key

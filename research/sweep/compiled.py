@@ -261,7 +261,7 @@ def _measured(assembly: Assembly, source: Any, config: DictConfig, rows: int, co
         held, picks = next(iter(loader.chunks(0, chunk, chunk)))
         several = lambda given: trials.rows_of(trials.chunks(step, given, None, held, (picks,) * rows)[0], rows)  # noqa: E731  # one of two forms
     else:
-        several = lambda given: trials.rows_of(trials.steps(step, given, None, (loader[0],) * rows)[0], rows)  # noqa: E731
+        several = lambda given: trials.rows_of(trials.steps(step, given, None, (loader[0],) * rows)[0], rows)  # noqa: E731  # the other
     shared = _seconds(several, tuple(_copied(state) for _ in range(rows))) / (chunk * rows)
     why = f"{left}, {1e3 * shared:.2g} ms of {rows} side by side"
     return Way("vmap", rows, why) if shared < alone else Way("reuse", why=why)

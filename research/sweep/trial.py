@@ -140,7 +140,7 @@ def _compare(folder: str) -> None:
 
 def _recorded(error: BaseException, code: int) -> BaseException:
     """The error, marked as one that the ledger has: a launcher's other process need not carry it home."""
-    error.recorded = True  # type: ignore[attr-defined]
+    error.recorded = True  # type: ignore[attr-defined]  # a mark of ours on anybody's exception
     if isinstance(error, ConfigError):
         error.exit_code = code
     return error

@@ -61,8 +61,8 @@ class Events:
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Appends numbers of one step, as one event: tensorboardX checks and packs each by itself, which takes as long as a small step."""
-        scalars = [summary_pb2.Summary.Value(tag=_tag(name), simple_value=value) for name, value in values.items()]  # type: ignore[attr-defined]
-        self._write(step=step, summary=summary_pb2.Summary(value=scalars))  # type: ignore[attr-defined]
+        scalars = [summary_pb2.Summary.Value(tag=_tag(name), simple_value=value) for name, value in values.items()]  # type: ignore[attr-defined]  # as below
+        self._write(step=step, summary=summary_pb2.Summary(value=scalars))  # type: ignore[attr-defined]  # as below
 
     def add(self, summary: Any, step: int) -> None:
         """Appends a summary of `tensorboardX.summary`."""

@@ -25,7 +25,7 @@ def sweep(command, tmp_path):
         told = command("train", "-m", *DIGITS, *QUIET, f"sweep_dir={tmp_path / folder}", *argv)
         return told, Ledger(tmp_path / folder).trials()
 
-    run.path = tmp_path / "sweep"  # type: ignore[attr-defined]
+    run.path = tmp_path / "sweep"  # type: ignore[attr-defined]  # for the tests to look into
     return run
 
 

@@ -67,7 +67,7 @@ def searched(setting, tmp_path, monkeypatch):
         path = tmp_path / folder
         launcher = Launcher(function, stop)
         loader, config = setting(path)
-        body = search.Search(launcher, loader, config, ["experiment=digits_mlp", *(overrides or (X, Y))], **settings)  # type: ignore[arg-type]
+        body = search.Search(launcher, loader, config, ["experiment=digits_mlp", *(overrides or (X, Y))], **settings)  # type: ignore[arg-type]  # a launcher and a loader of this test
         with contextlib.suppress(KeyboardInterrupt):
             body.run()
         trials = [trial for trial in body.study.get_trials() if trial.state.is_finished()]
