@@ -139,8 +139,8 @@ def _read_forward(rows, key, value, mask):
 def _read_backward(kept, slope):
     rows, key, value, weights, read = kept
     slope_weights = jnp.einsum("bgnk,bgsk->bgns", slope, value, preferred_element_type=jnp.float32)
-    mean = (slope * read).sum(-1, keepdims=True, dtype=jnp.float32)  # of the slopes, by the weights: a sum over k instead of over s
-    slope_scores = (weights * (slope_weights - mean)).astype(rows.dtype)
+    mean = (slope * read).astype(jnp.float32).sum(-1, keepdims=True)  # of the slopes, by the weights: a sum over k instead of over s
+    slope_scores = (weights.astype(jnp.float32) * (slope_weights - mean)).astype(rows.dtype)
     slope_rows = jnp.einsum("bgns,bgsk->bgnk", slope_scores, key)
     slope_key = jnp.einsum("bgns,bgnk->bgsk", slope_scores, rows)
     return slope_rows, slope_key, jnp.einsum("bgns,bgnk->bgsk", weights, slope), None

@@ -93,7 +93,7 @@ def _backward(kept, slopes):
         slope_hidden, slope_cell = slope_hidden + added_hidden, slope_cell + added_cell
         here = slope_hidden.astype(jnp.float32)
         inner = slope_cell + here * through
-        slope = (jnp.concatenate([inner, inner, inner, here], -1) * bends).astype(gates.dtype)
+        slope = (jnp.concatenate([inner, inner, inner, here], -1) * bends.astype(jnp.float32)).astype(bends.dtype)
         if keep is not None:
             slope = _kept(keep, slope, jnp.zeros_like(slope))
         carried = _kept(keep, slope @ back, slope_hidden), _kept(keep, inner * f, slope_cell)
