@@ -59,7 +59,7 @@ def convolve(x: Float[Array, "b y x c"], kernel: Float[Array, "k k2 c d"], strid
 
     On CPU the gradient of the kernel is one matrix product, of the windows side by side with the slopes. XLA takes it for a convolution with a
     window as large as the image, which took 1.1 to 15 times as long for the layers of a ResNet. For images of one channel the sum is taken pixel
-    by pixel of the kernel, in half the time. These forms have no forward-mode derivative.
+    by pixel of the kernel, in half the time. These forms have no forward-mode derivative; their gradients have one.
 
     Args:    strides, padding: along rows and columns.
     """
@@ -70,8 +70,7 @@ def _convolve(x, kernel, strides, padding):
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolve_cpu(x, kernel, strides, padding):
+def _values(x, kernel, strides, padding):
     if x.shape[-1] > 1:
         return _convolve(x, kernel, strides, padding)
     pixels = _pixels(x, kernel.shape[:2], strides, padding)
@@ -79,13 +78,13 @@ def _convolve_cpu(x, kernel, strides, padding):
 
 
 def _forward(x, kernel, strides, padding):
-    return _convolve_cpu(x, kernel, strides, padding), (x, kernel)
+    return _values(x, kernel, strides, padding), (x, kernel)
 
 
 def _backward(strides, padding, kept, slope):
     x, kernel = kept
     (slope_x,) = jax.linear_transpose(lambda x: _convolve(x, kernel, strides, padding), x)(slope)
-    at_once = _rows_at_once(len(x), slope[0, ..., 0].size * kernel[..., 0].size * x.dtype.itemsize)
+    at_once = _rows_at_once(len(x), math.prod((*slope.shape[1:3], *kernel.shape[:3])) * x.dtype.itemsize)
     read = functools.partial(_slope_kernel, kernel.shape[:2], strides, padding)
     if at_once == len(x):
         slope_kernel = read(x, slope)
@@ -96,6 +95,7 @@ def _backward(strides, padding, kept, slope):
     return slope_x, slope_kernel.astype(kernel.dtype)
 
 
+_convolve_cpu = jax.custom_vjp(_values, nondiff_argnums=(2, 3))
 _convolve_cpu.defvjp(_forward, _backward)
 
 

@@ -69,6 +69,23 @@ def test_convolve_has_the_values_and_gradients_of_xla(sides, strides, channels, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
 
 
+def test_a_gradient_of_convolve_can_be_differentiated():
+    random = np.random.RandomState(0)
+    x, kernel = (jnp.asarray(random.randn(*shape), jnp.float32) for shape in ((2, 5, 5, 2), (3, 3, 2, 4)))
+
+    def second(form):
+        def slope(kernel):
+            return jax.grad(lambda kernel: jnp.sum(jnp.tanh(form(x, kernel))))(kernel)
+
+        return jax.jvp(slope, (kernel,), (jnp.ones_like(kernel),))[1], jax.grad(lambda kernel: slope(kernel).sum())(kernel)
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    got, want = jax.jit(lambda: [second(form) for form in (lambda x, kernel: convolve(x, kernel, (1, 1), ((0, 0), (0, 0))), plain)])()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+
+
 @pytest.mark.parametrize(("rows", "at_once"), [(12, 4), (13, 1), (3, 3)])
 def test_windows_of_a_large_batch_are_read_in_pieces(rows, at_once, monkeypatch):
     monkeypatch.setattr(conv, "COLUMNS", 5 * 6 * 6 * 9 * 2 * 4)  # bytes of the windows of five images of two channels
