@@ -51,7 +51,9 @@ def reference_attention(query: Float[Array, "b h t k"], key: Float[Array, "b g t
 def blockwise_attention(query: Float[Array, "b h t k"], key: Float[Array, "b g t k"], value: Float[Array, "b g t k"]) -> Float[Array, "b h t k"]:
     """Causal attention as matrix products over spans of queries that skip the keys after them: the form for CPU.
 
-    XLA's CPU code is fast with the scale on the query, an additive mask, and a backward pass written by hand, which has no forward-mode derivative; gradients have one.
+    XLA's CPU code is fast with the scale on the query, an additive mask, and a backward pass written by hand. That has no forward-mode
+    derivative; gradients have one.
+
     Memory grows with b x t, not with t x t: beyond `KEPT` positions weights are not kept, but computed again in the backward pass, a block of
     queries at a time. A long span is a loop over its blocks: XLA's scheduler for CPU holds the weights of many pieces of program at once.
     """
