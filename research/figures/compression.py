@@ -10,6 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 
 from research.core.direction import direction
 from research.figures import style
+from research.figures.numbers import short
 
 Interval = Sequence[float]  # value, low, high
 LABELS = 40  # points with a name at most; of more, those on the front
@@ -18,7 +19,6 @@ PLACES = [  # of a label around its point: offset in points, alignment
     *((5, 5, "left", "bottom"), (-5, 5, "right", "bottom"), (5, -5, "left", "top"), (-5, -5, "right", "top")),
     *((0, 15, "center", "bottom"), (0, -15, "center", "top")),
 ]
-PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def ledger(
@@ -110,14 +110,6 @@ def front(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> Bool[np.ndarr
     less = (x[None] <= x[:, None]) & (y[None] >= y[:, None])
     better = (x[None] < x[:, None]) | (y[None] > y[:, None])
     return np.logical_not((less & better).any(1, keepdims=True))[:, 0]
-
-
-def short(value: float) -> str:
-    """The number with three digits and a prefix: 1234567 is 1.23 M."""
-    for size, prefix in PREFIXES:
-        if abs(value) >= 0.9995 * size:
-            return f"{value / size:.3g} {prefix}"
-    return f"{value:.3g}"
 
 
 def _points(axes: Axes, x, y, best, intervals) -> None:

@@ -1,5 +1,6 @@
 """The body of `hydra/launcher=compiled`: jobs of one program are compiled once, and run one after another, side by side, or over devices."""
 
+import collections
 import contextlib
 import contextvars
 import copy
@@ -34,7 +35,9 @@ from research.training.preflight import abstract_state, memory_bytes, residual_b
 MODES = ("auto", "reuse", "vmap", "shard")
 SHARE = 0.5  # of the device's memory, for the trials of one program
 WORTH_S = 2.0  # training of a group that is shorter than this is not worth a second compilation to find something faster
+CPU_WORTH_S = 20.0  # likewise on CPU, where small trials side by side gain a fifth at the very best, and two at a time by themselves as much
 PROBE_S = 0.3  # of timing each way
+BESIDE = 0.1  # of a trial's time, spent on other things than training: from here on two trials at a time take less than one after another
 _TOLD_AS_ONE = {
     "logger.progress": "none",
     "logger.figures": False,
@@ -90,9 +93,10 @@ def launch(jobs: app.Jobs, ready: Sequence[Ready], *, mode: str = "auto", rows: 
         if mode == "shard" and len(devices) == 1:
             raise ConfigError(f"hydra.launcher.mode=shard: this machine has one device ({devices[0].device_kind}); use auto, vmap or reuse")
 
-        def attempt(job: Ready) -> None:
+        def attempt(job: Ready) -> Any:
             with app.silence(), board.running(job) as ended:
                 results[job.number] = ended(jobs.attempt(job.config, job.overrides, job.number))
+            return results[job.number]
 
         told = {job.number for job in ready if _is_told(job)}
         for job in ready:
@@ -110,11 +114,15 @@ def launch(jobs: app.Jobs, ready: Sequence[Ready], *, mode: str = "auto", rows: 
     return [results.get(job.number) for job in ready]
 
 
-def _run(group: Sequence[Ready], way: Way, attempt: Callable[[Ready], None]) -> None:
+def _run(group: Sequence[Ready], way: Way, attempt: Callable[[Ready], Any]) -> None:
     """Runs jobs of one program on one device."""
     if way.name == "reuse":
-        for job in group:
-            attempt(job)
+        waiting, told = collections.deque(group), None
+        while waiting and told is None:  # the first that does not fail compiles for all, and shows how the others will go
+            began = time.perf_counter()
+            told = attempt(waiting.popleft())
+        if waiting and told is not None:
+            _lanes(waiting, _at_once(told, time.perf_counter() - began), attempt)
         return
     for start in range(0, len(group), way.rows):
         part = group[start : start + way.rows]
@@ -126,6 +134,37 @@ def _run(group: Sequence[Ready], way: Way, attempt: Callable[[Ready], None]) -> 
                 attempt(job)
 
         _threads([lambda m=member, j=job, run=side_by_side: run(m, j) for member, job in zip(members, part, strict=True)])
+
+
+def _at_once(first: dict[str, Any], seconds: float) -> int:
+    """How many trials are under way at a time, by how the first one went: two, where one can train while the other reads, writes and evaluates.
+
+    Args:    first: its result.  seconds: that it took in all.
+    """
+    beside = seconds - first["train_s"] - first["compile_s"]
+    return 2 if beside > BESIDE * (beside + first["train_s"]) and 2 * first["peak_bytes"] < memory_bytes() else 1
+
+
+def _lanes(waiting: "collections.deque[Ready]", count: int, attempt: Callable[[Ready], Any]) -> None:
+    """Runs jobs one after another, so many at a time."""
+    stopped = threading.Event()
+
+    def lane() -> None:
+        while not stopped.is_set():
+            try:
+                job = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                attempt(job)
+            except BaseException:
+                stopped.set()
+                raise
+
+    if count == 1:
+        lane()
+    else:
+        _threads([lane] * count)
 
 
 def _on(device: Any, run: Callable[..., None], *arguments: Any) -> Callable[[], None]:
@@ -255,7 +294,7 @@ def _measured(assembly: Assembly, source: Any, config: DictConfig, rows: int, co
     else:
         alone = _seconds(lambda given: Jit().train(step)(given, None, loader[0])[0], _copied(state))
     left = f"{1e3 * alone:.2g} ms a step alone"
-    if count * steps * alone < WORTH_S:
+    if count * steps * alone < (CPU_WORTH_S if jax.default_backend() == "cpu" else WORTH_S):
         return Way("reuse", why=left)
     if chunk > 1:
         held, picks = next(iter(loader.chunks(0, chunk, chunk)))

@@ -19,12 +19,15 @@ class Once:
     Composing takes a tenth of a second, a copy with other values a hundredth. Values are set last, as Hydra sets them; a job in which one
     override names a part of what another one names is composed by itself, since there the order counts.
 
+    Hydra's sweeper composes each job only to see that it can be; what that made waits for `job`.
+
     Args:    loader: Hydra's own; all else is left to it.
     """
 
     def __init__(self, loader: ConfigLoaderImpl) -> None:
         self._loader = loader
         self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self._made: dict[tuple[str, ...], DictConfig] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -34,6 +37,15 @@ class Once:
 
         Args:    as Hydra's loader.
         """
+        made = self._made[tuple(sweep_overrides)] = self._load(master_config, sweep_overrides)
+        return made
+
+    def job(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
+        """The same, for a caller who may change it: what `load_sweep_config` made of these overrides, once, else another."""
+        made = self._made.pop(tuple(sweep_overrides), None)
+        return self._load(master_config, sweep_overrides) if made is None else made
+
+    def _load(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
         overrides = OverridesParser.create(self._loader).parse_overrides(list(sweep_overrides))
         values = [override for override in overrides if _is_value(override, self._loader)]
         if not _apart(values, overrides):
@@ -49,12 +61,12 @@ class Once:
         return config
 
 
-def compose_jobs(loader: Any, master: DictConfig, jobs: Sequence[Sequence[str]]) -> list[DictConfig]:
+def compose_jobs(loader: Once, master: DictConfig, jobs: Sequence[Sequence[str]]) -> list[DictConfig]:
     """The config of each job, as Hydra's own launchers compose it, without Hydra's node; `${hydra:…}` is written in.
 
     Args:    loader, master: as a launcher is given them.  jobs: the overrides of each.
     """
-    return [_settled(loader.load_sweep_config(master, list(lines))) for lines in jobs]
+    return [_settled(loader.job(master, lines)) for lines in jobs]
 
 
 def _is_value(override: Override, loader: ConfigLoaderImpl) -> bool:

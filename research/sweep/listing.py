@@ -15,7 +15,8 @@ from research.core.errors import ConfigError, ResearchError, nearest
 from research.core.folder import read_json
 from research.core.nodes import descend
 from research.core.spec import zero_batch
-from research.figures.compression import pareto, short
+from research.figures.compression import pareto
+from research.figures.numbers import short
 from research.sweep.comparison import choose
 from research.sweep.settings import SCORED, Outcome, content
 from research.training.run import CONFIG

@@ -1,6 +1,7 @@
 """A comparison as tables: for the terminal, CSV, Markdown, JSON, and one HTML page that needs nothing else."""
 
 import csv
+import dataclasses
 import html
 import io
 import math
@@ -16,9 +17,8 @@ from rich.table import Table
 
 from research.core.folder import write_text
 from research.figures import html as shell
-from research.figures.compression import short
+from research.figures.numbers import short
 from research.sweep.comparison import Comparison, Line, written
-from research.sweep.pictures import Picture
 from research.sweep.scaling import NAMES
 from research.sweep.settings import shorten, shown
 
@@ -35,6 +35,18 @@ METHOD = (
 )
 PRINTED = 40  # settings in the terminal
 MISSED = "without a score"
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A figure that was drawn.
+
+    Args:    file: its name in the folder of the report.  told: what it shows, for the page.
+    """
+
+    file: str
+    title: str
+    told: str = ""
 
 
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:

@@ -1,6 +1,5 @@
 """The figures of a report, drawn from its comparison."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from research.core.errors import ConfigError, nearest
 from research.figures import compression, mup
 from research.figures import sweep as draw
 from research.sweep.comparison import Comparison, Line
+from research.sweep.page import Picture
 from research.sweep.scaling import Law, budgets, predict
 from research.sweep.settings import shorten, shown
 from research.sweep.statistics import t_interval
@@ -20,18 +20,6 @@ from research.sweep.statistics import t_interval
 COSTS = {"seconds": "seconds a trial", "flops": "FLOPs of training", "bytes": "peak bytes of the process"}
 LINES = 8  # that a response figure has at most
 WIDTH, BASE = "model.width", "model.base"
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A figure that was drawn.
-
-    Args:    file: its name in the folder of the report.  told: what it shows, for the page.
-    """
-
-    file: str
-    title: str
-    told: str = ""
 
 
 def pictures(comparison: Comparison, out: epath.Path, pair: tuple[str, str] | None) -> list[Picture]:

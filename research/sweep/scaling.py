@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import minimize
 from scipy.special import logsumexp
 from threadpoolctl import threadpool_limits
 
@@ -138,6 +137,8 @@ def _log_law(theta: Float[np.ndarray, "5"], x: Float[np.ndarray, "n 2"]) -> tupl
 
 
 def _search(x: Float[np.ndarray, "n 2"], y: Float[np.ndarray, "n"], start: Float[np.ndarray, "5"]) -> tuple[Float[np.ndarray, "5"], float]:
+    from scipy.optimize import minimize  # here: the table of a sweep, printed at its end, needs none of it
+
     def objective(theta):
         total, share = _log_law(theta, x)
         off = total - y

@@ -30,7 +30,7 @@ from research.core.folder import read_json, write_json
 from research.core.nodes import descend, plain
 from research.core.overrides import Composer
 from research.sweep import pruning
-from research.sweep.composing import compose_jobs
+from research.sweep.composing import Once, compose_jobs
 from research.sweep.ledger import Ledger
 
 FILE, JOURNAL, LOCK = "search.json", "search.journal", "search.lock"
@@ -313,7 +313,7 @@ class Search:
         self.folder = pathlib.Path(str(config.hydra.sweep.dir))
         self.fixed, swept = _parted(loader, _with(params, arguments, config))
         self.retry = "retry=true" in self.fixed
-        first = compose_jobs(loader, config, [[*self.fixed, *(line for o in swept if (line := _first(o)))]])[0]
+        first = compose_jobs(Once(loader), config, [[*self.fixed, *(line for o in swept if (line := _first(o)))]])[0]
         tree = plain(first)
         self.axes = [axis(override, descend(tree, override.key_or_group)[0]) for override in swept]
         if not self.axes:

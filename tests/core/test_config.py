@@ -1,3 +1,5 @@
+import copy
+
 import hydra
 import pytest
 from hydra import initialize_config_dir
@@ -162,3 +164,40 @@ def test_the_real_experiments_are_a_group_in_notebooks_too():
     with initialize_config_dir(str(folder.conf()), version_base="1.3"):
         for path in folder.experiments().glob("*.yaml"):
             assert hydra.compose("train", [f"experiment={path.stem}"])
+
+
+def test_a_saved_config_is_the_text_that_omegaconf_writes(tmp_path):
+    texts = (
+        "1e-3",
+        "1_000",
+        "nan",
+        "true",
+        "no",
+        "12",
+        "a: b",
+        "",
+        "0x1f",
+        "2026-11-27",
+        "12:30:45",
+        "~",
+        "null",
+        ".5",
+        " lead",
+        "#",
+        "${x}",
+        "é" * 90,
+    )
+    tree = {"texts": {f"t{i}": text for i, text in enumerate(texts)}, "list": [1, 2.5e-7, None, True, [], {}], "inf": float("inf"), "small": 1e-05}
+    tree = OmegaConf.create(tree)
+    tree.texts.t16 = "\\${x}"
+    config.save_config(tree, tmp_path / "config.yaml")
+    written = (tmp_path / "config.yaml").read_text()
+    assert written == OmegaConf.to_yaml(OmegaConf.create(config.resolved(tree)))
+    assert "'1e-3'" in written
+    assert OmegaConf.to_container(config.read_config(tmp_path / "config.yaml"), resolve=False) == config.resolved(tree)
+
+
+def test_a_missing_value_and_an_unknown_one_count_as_they_are_written():
+    one, other = (OmegaConf.create({"model": {"a": "???", "b": "${data.spec.x}", "c": text}}) for text in ("1", "2"))
+    assert config.fingerprint(one) == config.fingerprint(copy.deepcopy(one))
+    assert config.fingerprint(one) != config.fingerprint(other)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from research.figures import style
-from research.figures.compression import front, ledger, pareto, short
+from research.figures.compression import front, ledger, pareto
+from research.figures.numbers import short
 
 COSTS = {"bytes": (3.2e6, 0.8e6), "ms, batch 1": (0.5, 0.6)}
 METRICS = {"accuracy": ((0.99, 0.98, 1.0), (0.98, 0.97, 0.99)), "loss $": ((0.1, 0.1, 0.1), (0.2, 0.1, 0.3))}

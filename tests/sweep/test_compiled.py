@@ -1,5 +1,6 @@
 """The compiled launcher: one program for jobs that differ in numbers alone, with the results of lone runs."""
 
+import collections
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 
+from research.sweep import compiled
 from research.sweep.ledger import Ledger
 from research.training import log, parallel, trials
 
@@ -37,9 +39,35 @@ def test_one_after_another_each_is_the_lone_run_bit_for_bit(sweep, result, chunk
     assert [now - then for now, then in zip(sizes(), before, strict=True)] == [1, 0]
     assert "4 trials of one program: one after another" in "\n".join(told.err)
     _, alone = sweep(*four, folder="alone")
-    for trial, lone in zip(held, alone, strict=True):
-        assert result(sweep.path / trial.run)["state_sha256"] == result(sweep.path.parent / "alone" / lone.run)["state_sha256"]
+    assert sorted(trial.trial for trial in held) == sorted(trial.trial for trial in alone)
+    for trial in held:
+        assert result(sweep.path / trial.run)["state_sha256"] == result(sweep.path.parent / "alone" / trial.run)["state_sha256"]
     assert curves(sweep.path) == curves(sweep.path.parent / "alone")
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(1.9, 2), (1.55, 1)])
+def test_two_at_a_time_where_training_is_not_nearly_all_of_a_trial(seconds, count):
+    assert compiled._at_once({"train_s": 1.0, "compile_s": 0.5, "peak_bytes": 1}, seconds) == count
+
+
+def test_trials_at_a_time_are_limited_by_memory():
+    assert compiled._at_once({"train_s": 1.0, "compile_s": 0.5, "peak_bytes": 1 << 60}, 9.0) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_each_trial_is_run_once_and_no_more_begin_after_one_was_stopped(count):
+    began, waiting = [], collections.deque(range(9))
+    compiled._lanes(waiting, count, began.append)
+    assert sorted(began) == list(range(9))
+
+    def attempt(job):
+        began.append(job)
+        raise KeyboardInterrupt
+
+    began, waiting = [], collections.deque(range(9))
+    with pytest.raises(KeyboardInterrupt):
+        compiled._lanes(waiting, count, attempt)
+    assert 1 <= len(began) <= count
 
 
 def test_side_by_side_each_has_the_numbers_of_the_lone_run(sweep):

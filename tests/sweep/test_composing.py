@@ -37,3 +37,15 @@ def test_jobs_that_differ_in_values_are_composed_once(monkeypatch):
     configs = [once.load_sweep_config(master, [*COMMON, line]) for line in ("seed=1", "seed=2", "optimizer=sgd", "seed=3")]
     assert len(composed) == 2  # with and without another optimizer
     assert [config.seed for config in configs] == [1, 2, 0, 3]
+
+
+def test_a_config_that_was_made_to_look_at_is_handed_out_once():
+    compose()
+    loader = ConfigLoaderImpl(create_config_search_path(str(folder.conf())))
+    master = loader.load_configuration("train", [], RunMode.MULTIRUN)
+    once, lines = Once(loader), [*COMMON, "seed=1"]
+    seen = once.load_sweep_config(master, lines)
+    first, second = once.job(master, lines), once.job(master, lines)
+    assert first is seen
+    assert second is not first
+    assert second == first
