@@ -13,6 +13,7 @@ import datetime
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -74,6 +75,8 @@ GPU = {
 PARTS = (*ROWS, "quickstart", "context", "devices", "sweeps")
 SWEPT = ("learning_rate=1e-4,2e-4,5e-4,1e-3,2e-3,5e-3,1e-2,2e-2", "seed=range(4)")
 SWEEP = ("experiment=digits_mlp", f"optimizer.{SWEPT[0]}", SWEPT[1])
+ONE = ("experiment=digits_mlp", "optimizer.learning_rate=1e-3", "seed=0")
+TRIALS = 32
 PLAIN = "plain Hydra, Flax and Optax"
 LAUNCHERS = {  # name: (overrides, how many times faster the first one must be)
     "compiled": (("hydra/launcher=compiled",), None),
@@ -169,25 +172,29 @@ def markdown(table: dict[str, dict[str, Any]]) -> str:
             cells += [f"{one / point['devices']:,.0f}", f"{point['bytes'] * point['devices'] / one - 1:+.1%}", f"{point['temporary_bytes']:,}"]
             lines.append(f"| {' | '.join(cells)} |")
     if entry := table.get("sweeps"):
-        first = entry["points"][0]
+        first, alone = entry["points"][0], next(point for point in entry["points"] if point["launcher"] == "basic")
         lines += [
             "",
             f"A sweep of {first['trials']} trials (`digits_mlp`, 8 rates x 4 seeds, 500 steps each), the whole command, {_place(entry)}:",
             "",
         ]
-        lines += ["| launcher | s, no program kept | times `compiled` | at least | s, programs kept | programs | s of a trial beside training |"]
+        lines += ["| launcher | s, no program kept | times `compiled` | at least | s, programs kept | programs | s that a further trial adds |"]
         lines += ["|---|---|---|---|---|---|---|"]
         for point in entry["points"]:
             bar = LAUNCHERS.get(point["launcher"], ((), None))[1]
-            warm, beside = ("" if point[name] is None else f"{point[name]:{form}}" for name, form in (("warm_s", ".1f"), ("beside_s", ".2f")))
+            warm, added = ("" if point[name] is None else f"{point[name]:{form}}" for name, form in (("warm_s", ".1f"), ("added_s", ".2f")))
             cells = [f"{point['cold_s']:.1f}", f"{point['cold_s'] / first['cold_s']:.2f}", "" if bar is None else f"{bar:g}", warm]
-            lines.append(f"| {' | '.join([point['launcher'], *cells, point['told'], beside])} |")
+            lines.append(f"| {' | '.join([point['launcher'], *cells, point['told'], added])} |")
         lines += [
             "",
             f"Bars: {verdict('sweeps', entry)}. A step is compiled for its content, and rates and seeds are values of it: so `basic`, too, compiles",
         ]
         lines += ["once for all its jobs, and each worker of `joblib` once for its own. The last row is the same work without this project"]
         lines += ["(`tests/peers/sweep_hydra.py`), where each job compiles its step anew, as Flax's own examples have it."]
+        lines += [
+            f"What a further trial adds: the seconds of {TRIALS} less those of one, programs kept, over {TRIALS - 1}; in a lone run the training"
+        ]
+        lines += [f"alone takes {alone['train_s']:.2f} s."]
     return "\n".join(lines) + "\n"
 
 
@@ -300,14 +307,16 @@ def device_points() -> None:
 
 
 def _sweeps() -> dict[str, Any]:
-    """Seconds of one command with each launcher: with an empty cache of programs of its own, and with what that left there."""
+    """Seconds of one command with each launcher: with an empty cache of programs of its own, with what that left there, and then of one trial."""
     points = []
     for name, (overrides, _) in LAUNCHERS.items():
         with tempfile.TemporaryDirectory() as folder:
             cold, _, _ = _swept(pathlib.Path(folder), "cold", overrides)
             warm, trials, told = _swept(pathlib.Path(folder), "warm", overrides)
-        beside = sorted(trial["seconds"] - trial["result"]["train_s"] - trial["result"]["compile_s"] for trial in trials)
-        points.append({"launcher": name, "cold_s": cold, "warm_s": warm, "trials": len(trials), "beside_s": beside[len(beside) // 2], "told": told})
+            one, _, _ = _swept(pathlib.Path(folder), "one", overrides, ONE)
+        trained = statistics.median(trial["result"]["train_s"] for trial in trials)
+        each = {"added_s": (warm - one) / (len(trials) - 1), "train_s": trained}
+        points.append({"launcher": name, "cold_s": cold, "warm_s": warm, "trials": len(trials), **each, "told": told})
         print(points[-1], flush=True)
     points.append(_swept_plainly())
     print(points[-1], flush=True)
@@ -323,14 +332,16 @@ def _swept_plainly() -> dict[str, Any]:
         seconds, results = time.perf_counter() - start, list(pathlib.Path(folder).glob("*/result.json"))
     if done.returncode:
         raise SystemExit(f"error: {' '.join(command)} ended with code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
-    return {"launcher": PLAIN, "cold_s": seconds, "warm_s": None, "trials": len(results), "beside_s": None, "told": "one for each job"}
+    if len(results) != TRIALS:
+        raise SystemExit(f"error: {' '.join(command)} left {len(results)} results of {TRIALS}")
+    return {"launcher": PLAIN, "cold_s": seconds, "warm_s": None, "trials": TRIALS, "added_s": None, "told": "one for each job"}
 
 
-def _swept(folder: pathlib.Path, name: str, overrides: tuple[str, ...]) -> tuple[float, list[dict[str, Any]], str]:
+def _swept(folder: pathlib.Path, name: str, overrides: tuple[str, ...], sweep: tuple[str, ...] = SWEEP) -> tuple[float, list[dict[str, Any]], str]:
     """(seconds, trials with their results, what the launcher said of its programs) of one sweep."""
     settings = (f"sweep_dir={folder / name}", f"cache.folder={folder / 'programs'}")
     environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
-    command, start = [sys.executable, "-m", "research.train", "-m", *SWEEP, *overrides, *settings], time.perf_counter()
+    command, start = [sys.executable, "-m", "research.train", "-m", *sweep, *overrides, *settings], time.perf_counter()
     done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     seconds = time.perf_counter() - start
     if done.returncode:
