@@ -81,3 +81,15 @@ def test_devices_hold_their_part(bench, capsys):
     assert [point["devices"] for point in points] == [1, 2, 4, 8]
     for point in points:
         assert point["bytes"] == point["told"] == pytest.approx(points[0]["bytes"] / point["devices"], rel=0.01)
+
+
+def test_sweeps_are_judged_by_the_whole_command(bench):
+    point = {"cold_s": 10.0, "warm_s": 5.0, "trials": 32, "added_s": 0.25, "train_s": 0.2, "told": "how"}
+    entry = {"device": "2 CPU cores", "measured": "2026-11-27", "points": [{**point, "launcher": name} for name in bench["LAUNCHERS"]]}
+    assert bench["verdict"]("sweeps", entry) == "MISSED"
+    for one in entry["points"][-2:]:  # the other launchers
+        one["cold_s"] = 90.0
+    assert bench["verdict"]("sweeps", entry) == "met"
+    page = bench["markdown"]({"sweeps": entry})
+    assert "| basic | 90.0 | 9.00 | 8 | 5.0 | how | 0.25 |" in page
+    assert "the training\nalone takes 0.20 s" in page
