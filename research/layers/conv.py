@@ -74,7 +74,9 @@ def _values(x, kernel, strides, padding):
     if x.shape[-1] > 1:
         return _convolve(x, kernel, strides, padding)
     pixels = _pixels(x, kernel.shape[:2], strides, padding)
-    return sum(pixel @ weight for pixel, weight in zip(pixels, kernel.reshape(-1, *kernel.shape[2:]), strict=True))
+    weights = kernel.reshape(-1, *kernel.shape[2:])
+    products = (jnp.matmul(pixel, weight, preferred_element_type=jnp.float32) for pixel, weight in zip(pixels, weights, strict=True))
+    return functools.reduce(jnp.add, products).astype(x.dtype)  # rounded once, as XLA's is
 
 
 def _forward(x, kernel, strides, padding):

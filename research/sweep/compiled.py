@@ -1,4 +1,4 @@
-"""The body of `hydra/launcher=compiled`: jobs of one program are compiled once, and run one after another, side by side, or over devices."""
+"""The body of `hydra/launcher=compiled`: jobs of one program are compiled once, and run one or two at a time, side by side, or over devices."""
 
 import collections
 import contextlib
@@ -73,8 +73,9 @@ def launch(jobs: app.Jobs, ready: Sequence[Ready], *, mode: str = "auto", rows: 
 
     Jobs whose programs are equal, which differ in seeds and in the numbers of `train.values` alone, make a group, whatever their order.
 
-    Args:    mode: reuse: one after another, each with the very numbers of a lone run.  vmap: side by side in one program.  shard: side by side on
-             each of the local devices.  auto: reuse or vmap as measured, over all devices where there are several.
+    Args:    mode: reuse: one after another, short ones two at a time, each with the very numbers of a lone run (but for the times, since two share
+             the machine).  vmap: side by side in one program.  shard: side by side on each of the local devices.  auto: reuse or vmap as measured,
+             over all devices where there are several.
              rows: trials in one program; None: as many as fit into half of the device's memory.
     Raises:  ConfigError: an unknown mode, one device to shard over, or jobs that want different processes.  KeyboardInterrupt: asked to stop.
     """
@@ -107,22 +108,25 @@ def launch(jobs: app.Jobs, ready: Sequence[Ready], *, mode: str = "auto", rows: 
             over = devices if mode in ("auto", "shard") and len(group) > 1 and len(devices) > 1 and _alone(group[0].config) is None else devices[:1]
             board.say(_told(group, way, len(over)))
             if len(over) == 1:
-                _run(group, way, attempt)
+                _run(group, way, attempt, board.say)
             else:
                 shares = [group[i :: len(over)] for i in range(len(over))]
-                _threads([_on(device, _run, share, way, attempt) for device, share in zip(over, shares, strict=True) if share])
+                _threads([_on(device, _run, share, way, attempt, board.say) for device, share in zip(over, shares, strict=True) if share])
     return [results.get(job.number) for job in ready]
 
 
-def _run(group: Sequence[Ready], way: Way, attempt: Callable[[Ready], Any]) -> None:
+def _run(group: Sequence[Ready], way: Way, attempt: Callable[[Ready], Any], say: Callable[[str], None]) -> None:
     """Runs jobs of one program on one device."""
     if way.name == "reuse":
-        waiting, told = collections.deque(group), None
-        while waiting and told is None:  # the first that does not fail compiles for all, and shows how the others will go
-            began = time.perf_counter()
+        waiting, count = collections.deque(group), 1
+        while waiting and count == 1:
+            first, began = len(waiting) == len(group), time.perf_counter()
             told = attempt(waiting.popleft())
-        if waiting and told is not None:
-            _lanes(waiting, _at_once(told, time.perf_counter() - began), attempt)
+            if told is not None and not first and _shares(group[0].config):  # the first one compiles and reads for all
+                count = _at_once(told, time.perf_counter() - began)
+        if waiting:
+            say(f"from here on {count} at a time: one trains while another reads, writes and evaluates")
+            _lanes(waiting, count, attempt)
         return
     for start in range(0, len(group), way.rows):
         part = group[start : start + way.rows]
@@ -136,21 +140,29 @@ def _run(group: Sequence[Ready], way: Way, attempt: Callable[[Ready], Any]) -> N
         _threads([lambda m=member, j=job, run=side_by_side: run(m, j) for member, job in zip(members, part, strict=True)])
 
 
-def _at_once(first: dict[str, Any], seconds: float) -> int:
-    """How many trials are under way at a time, by how the first one went: two, where one can train while the other reads, writes and evaluates.
+def _shares(config: DictConfig) -> bool:
+    """Whether a run may have another one beside it: not where both would wait for all devices, nor where the machine's energy is measured."""
+    return _alone(config) is None and not OmegaConf.select(config, "logger.energy")
 
-    Args:    first: its result.  seconds: that it took in all.
+
+def _at_once(told: dict[str, Any], seconds: float) -> int:
+    """How many trials are under way at a time: two, where one can train while the other reads, writes and evaluates.
+
+    Args:    told: the result of one that ran alone; the seconds in it count from the run's beginning, so one that was resumed does not tell.
+             seconds: that it took now, in all.
     """
-    beside = seconds - first["train_s"] - first["compile_s"]
-    return 2 if beside > BESIDE * (beside + first["train_s"]) and 2 * first["peak_bytes"] < memory_bytes() else 1
+    if told["status"] != "finished":
+        return 1
+    beside = seconds - told["train_s"] - told["compile_s"]
+    return 2 if beside > BESIDE * (beside + told["train_s"]) and 2 * told["peak_bytes"] < memory_bytes() else 1
 
 
 def _lanes(waiting: "collections.deque[Ready]", count: int, attempt: Callable[[Ready], Any]) -> None:
-    """Runs jobs one after another, so many at a time."""
-    stopped = threading.Event()
+    """Runs jobs, so many at a time, until none is left or one of them or a signal wants the sweep to stop."""
+    stopped, signal = threading.Event(), Interrupt()
 
     def lane() -> None:
-        while not stopped.is_set():
+        while not stopped.is_set() and signal.asked is None:
             try:
                 job = waiting.popleft()
             except IndexError:
@@ -161,10 +173,7 @@ def _lanes(waiting: "collections.deque[Ready]", count: int, attempt: Callable[[R
                 stopped.set()
                 raise
 
-    if count == 1:
-        lane()
-    else:
-        _threads([lane] * count)
+    _threads([lane] * count, signal)
 
 
 def _on(device: Any, run: Callable[..., None], *arguments: Any) -> Callable[[], None]:
@@ -175,11 +184,15 @@ def _on(device: Any, run: Callable[..., None], *arguments: Any) -> Callable[[], 
     return there
 
 
-def _threads(work: Sequence[Callable[[], None]]) -> None:
+def _threads(work: Sequence[Callable[[], None]], signal: Interrupt | None = None) -> None:
     """Does each piece in a thread of its own, with this thread's context; the first error is raised when all have ended.
 
-    A signal that asks to stop reaches the loops of all.
+    A signal that asks to stop reaches the loops of all; where none was in its loop any more, it is raised in the end.
+
+    Args:    signal: what hears it; None: one that nobody else asks.
+    Raises:  KeyboardInterrupt: asked to stop.
     """
+    signal = signal or Interrupt()
     errors: list[BaseException] = []
     device = getattr(jax.config, "jax_default_device")  # noqa: B009  # the checker does not know it; it is not a part of the context
 
@@ -191,13 +204,15 @@ def _threads(work: Sequence[Callable[[], None]]) -> None:
             errors.append(error)
 
     threads = [threading.Thread(target=contextvars.copy_context().run, args=(guarded, piece)) for piece in work]
-    with Interrupt().listening(patient=True):
+    with signal.listening(patient=True):
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     if errors:
         raise errors[0]
+    if signal.asked is not None:
+        raise KeyboardInterrupt
 
 
 def _is_told(job: Ready) -> bool:

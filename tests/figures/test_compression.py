@@ -5,7 +5,6 @@ import pytest
 
 from research.figures import style
 from research.figures.compression import front, ledger, pareto
-from research.figures.numbers import short
 
 COSTS = {"bytes": (3.2e6, 0.8e6), "ms, batch 1": (0.5, 0.6)}
 METRICS = {"accuracy": ((0.99, 0.98, 1.0), (0.98, 0.97, 0.99)), "loss $": ((0.1, 0.1, 0.1), (0.2, 0.1, 0.3))}
@@ -48,8 +47,3 @@ def test_whether_higher_is_better_depends_on_the_metric(tmp_path, pixels_of):
     for name in ("test/accuracy", "test/loss"):
         pareto({"bytes": x}, y, [""] * 4, tmp_path / f"{name[5:]}.png", name=name)
     assert pixels_of(tmp_path / "accuracy.png", style.BLUE) > 2 * pixels_of(tmp_path / "loss.png", style.BLUE)
-
-
-@pytest.mark.parametrize(("value", "text"), [(0.1234, "0.123"), (999.4, "999"), (999.9, "1 k"), (1234567, "1.23 M"), (2.5e9, "2.5 G"), (0, "0")])
-def test_numbers_are_short(value, text):
-    assert short(value) == text

@@ -69,6 +69,14 @@ def test_convolve_has_the_values_and_gradients_of_xla(sides, strides, channels, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
 
 
+def test_in_bfloat16_a_sum_is_rounded_once():
+    random = np.random.RandomState(0)
+    x, kernel = jnp.asarray(random.randn(2, 9, 9, 1), jnp.bfloat16), jnp.asarray(random.randn(5, 5, 1, 8), jnp.bfloat16)
+    form = jax.jit(lambda x, kernel: convolve(x, kernel, (1, 1), ((0, 0), (0, 0))))
+    want = np.asarray(form(x.astype(jnp.float32), kernel.astype(jnp.float32)))
+    np.testing.assert_allclose(np.asarray(form(x, kernel), np.float32), want, rtol=2**-8, atol=1e-6)
+
+
 def test_a_gradient_of_convolve_can_be_differentiated():
     random = np.random.RandomState(0)
     x, kernel = (jnp.asarray(random.randn(*shape), jnp.float32) for shape in ((2, 5, 5, 2), (3, 3, 2, 4)))

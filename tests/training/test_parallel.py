@@ -29,13 +29,16 @@ LAYOUTS = {
     "tensor": ({"data": 1, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}),
     "sequence": ({"data": 1, "fsdp": 2, "sequence": 4}, {"data": 2, "tensor": 2, "sequence": 2}),
 }
-GROUPS = [(kind, group) for kind in ("mlp", "cnn", "gpt", "scanned") for group in LAYOUTS if kind in ("gpt", "scanned") or group in ("data", "fsdp")]
+GROUPS = [
+    (kind, group) for kind in ("mlp", "cnn", "lstm", "gpt", "scanned") for group in LAYOUTS if kind in ("gpt", "scanned") or group in ("data", "fsdp")
+]
 
 PROGRAM = """
 import json, sys
 import jax, numpy as np, optax
 from research.models.cnn import CNN
 from research.models.gpt import GPT
+from research.models.lstm import LSTM
 from research.models.mlp import MLP
 from research.objectives.classify import Classify
 from research.objectives.language_model import LanguageModel
@@ -63,6 +66,7 @@ sizes = {"vocabulary": 32, "time": 32, "width": 32, "depth": 2, "heads": 4, "dro
 KINDS = {
     "mlp": (Classify(MLP(outputs=3, width=64, depth=2, dropout=0.3)), labelled("features", 16)),
     "cnn": (Classify(CNN(outputs=3, channels=(8, 16), pool=(2, 2), padding="SAME", hidden=(32,), norm="batch")), labelled("image", 8, 8, 1)),
+    "lstm": (LanguageModel(LSTM(vocabulary=32, width=32, depth=2)), text),
     "gpt": (LanguageModel(GPT(**sizes, positions="rotary")), text),
     "scanned": (LanguageModel(GPT(**sizes, kv_heads=2, scan=True)), text),
 }
@@ -74,6 +78,7 @@ def run(parallel, objective, batches, accumulate=1):
     zeros = {name: np.zeros(x.shape, x.dtype) for name, x in one.items()}
     state = parallel.place(parallel.create(step, jax.random.key(0), zeros, {"learning_rate": 1e-2}))
     losses, train = [], parallel.train(step)
+    program = jax.jit(lambda state, batch: train(state, None, batch)).lower(state, parallel.put(batches[0])).compile() if kind == "lstm" else None
     for batch in batches:
         state, metrics = train(state, None, parallel.put(batch))
         losses.append(means(jax.device_get(parallel.one(metrics)))["loss"])
@@ -82,7 +87,8 @@ def run(parallel, objective, batches, accumulate=1):
         raw = jax.random.key_data(leaf) if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
         for shard in raw.addressable_shards:
             held[shard.device.id] = held.get(shard.device.id, 0) + shard.data.nbytes
-    return {"losses": losses, "held": sorted(held.values()), "told": parallel.bytes_per_device(jax.eval_shape(lambda: state))}
+    return {"losses": losses, "held": sorted(held.values()), "told": parallel.bytes_per_device(jax.eval_shape(lambda: state)),
+            "flops": program and program.cost_analysis()["flops"]}
 
 kind, accumulate, layouts = json.loads(sys.argv[1])
 objective, make = KINDS[kind]
@@ -113,6 +119,13 @@ def test_a_mesh_of_eight_devices_gives_the_losses_of_one(kind, group):
         assert set(other["held"]) == {other["told"]}  # every device holds what was foretold
         parts = layout.get("fsdp", 1) * layout.get("tensor", 1)
         assert one["told"] / parts <= other["told"] < 1.3 * one["told"] / parts + 2048  # vectors too short to be cut are copied
+
+
+@pytest.mark.slow
+def test_each_device_does_its_part_of_a_recurrent_layer():
+    """A product over positions and rows as one axis would bring the whole batch to every device."""
+    one, (other,) = on_eight_devices("lstm", LAYOUTS["data"])
+    assert other["flops"] < 1.2 * one["flops"] / 8
 
 
 @pytest.mark.slow
