@@ -72,7 +72,7 @@ def page(folder):
     return Page((folder / "explanation.html").read_text())
 
 
-@pytest.mark.parametrize("method", [pytest.param("saliency", marks=pytest.mark.slow), "integrated_gradients"])
+@pytest.mark.parametrize("method", ["saliency", pytest.param("integrated_gradients", marks=pytest.mark.slow)])
 def test_a_family_can_be_attributed(every_family, method, parent):
     """The contract of a family: gradients reach the input, no position that does not count gets any, and integrated ones add up."""
     run = Run(parent(every_family))

@@ -83,7 +83,7 @@ def train(command, tmp_path):
     return call
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(family, marks=pytest.mark.slow) if family == "cnn" else family for family in FAMILIES])
 def test_a_run_leaves_a_complete_folder(trained, family):
     folder, told = trained(family)
     assert told.code == 0, told.err
@@ -325,7 +325,12 @@ def forks(folder):
 
 @pytest.mark.parametrize(
     "changes",
-    [("seed=5",), ("optimizer=rmsprop",), ("optimizer=adam",), ("train.ema=0.9", "train.clip=1.0"), ("optimizer.learning_rate=0.002",)],
+    [
+        ("seed=5",),
+        *(pytest.param((f"optimizer={name}",), marks=pytest.mark.slow) for name in ("rmsprop", "adam")),
+        ("train.ema=0.9", "train.clip=1.0"),
+        ("optimizer.learning_rate=0.002",),
+    ],
     ids=["seed", "rmsprop", "adam", "ema", "rate"],
 )
 def test_a_fork_goes_on_from_its_parent_in_a_new_folder(train, snapshot, changes):
@@ -341,6 +346,7 @@ def test_a_fork_goes_on_from_its_parent_in_a_new_folder(train, snapshot, changes
     assert column(fork, "validation/loss")[30] < column(folder, "validation/loss")[10]  # it did not start anew
 
 
+@pytest.mark.slow
 def test_a_fork_may_start_before_the_decay(train, snapshot):
     wsd = ("schedule=warmup_stable_decay", "schedule.decay=10", "train.keep=all", "train.eval_every=5")
     folder = train(*wsd)

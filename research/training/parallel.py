@@ -112,11 +112,11 @@ def _creating(platform: str) -> Callable[..., State]:
     """The program that makes a first state. It runs once, so on CPU LLVM's quick passes will do: the same numbers in half the compile time."""
     quick = {"xla_backend_optimization_level": 1} if platform == "cpu" else None
 
-    def made(step: Step, layout, key, batch, hyper):
+    def first_state(step: Step, layout, key, batch, hyper):
         state = step.create(key, batch, hyper)
         return state if layout is None else _stay(state, layout)
 
-    return jax.jit(made, static_argnums=(0, 1), compiler_options=quick)
+    return jax.jit(first_state, static_argnums=(0, 1), compiler_options=quick)
 
 
 def create(step: Step, key: jax.Array, batch: Batch, hyper: Mapping[str, float], layout: Any = None) -> State:

@@ -44,7 +44,7 @@ def masks(subject, **changes):
 FAMILIES = {"magnitude": "gpt", "random": "mlp", "gradient": "cnn", "wanda": "cnn", "sparsegpt": "gpt"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in ("gradient", "sparsegpt") else name for name in NAMES])
 def test_every_config_prunes_a_model_to_its_share(name, subject):
     node = resolved(compose([f"method=prune/{name}", "method.sparsity=0.4"], verb="compress").method)
     method = build(node, where="method")
@@ -128,7 +128,13 @@ def test_wanda_compares_weight_times_length_of_input_within_each_output(subject)
 
 @pytest.mark.parametrize(
     ("method", "pattern", "sparsity"),
-    [(Magnitude, "2:4", 0.5), (Random, "4:8", 0.5), (Gradient, "2:4", 0.5), (Wanda, "2:8", 0.75), (SparseGPT, "1:4", 0.75)],
+    [
+        (Magnitude, "2:4", 0.5),
+        pytest.param(Random, "4:8", 0.5, marks=pytest.mark.slow),
+        pytest.param(Gradient, "2:4", 0.5, marks=pytest.mark.slow),
+        (Wanda, "2:8", 0.75),
+        pytest.param(SparseGPT, "1:4", 0.75, marks=pytest.mark.slow),
+    ],
 )
 def test_n_of_m_consecutive_inputs_are_kept_in_each_output(method, pattern, sparsity, subject):
     dense = subject("gpt", "model.depth=1")  # whose attention kernels have three axes

@@ -182,7 +182,7 @@ def test_integrated_gradients_are_linear_in_the_output(model, examples_of):
     np.testing.assert_allclose(together, 2 * first - 3 * second, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "smooth_grad" else name for name in NAMES])
 def test_a_batch_is_explained_as_one_by_one(name, model, examples_of):
     for family in (SHORT, ("cnn",)) if name in ("saliency", "integrated_gradients", "smooth_grad") else (("cnn",),):
         made_ = model(*family)

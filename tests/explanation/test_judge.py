@@ -174,6 +174,7 @@ def test_a_map_that_ignores_the_weights_is_found_out_and_real_methods_are_not(mo
     assert verdict.show() is not None
 
 
+@pytest.mark.slow
 def test_a_text_is_judged_where_it_counts(model, examples_of):
     own = model("gpt")
     found = examples_of(own, 2)

@@ -78,6 +78,7 @@ def test_a_span_grows_only_when_there_would_be_too_many():
     assert [span(t) for t in (1, 64, 1024, 1025, 8192)] == [64, 64, 64, 128, 512]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_context_at_fixed_tokens():
     def temporary(form, t):
         shapes = [jax.ShapeDtypeStruct((4096 // t, 2, t, 16), jnp.float32)] * 3

@@ -102,7 +102,7 @@ def gradient(module, params, tokens):
     return jax.jit(jax.grad(lambda params: jnp.square(module.apply({"params": params}, jnp.asarray(tokens), **how)[0]).mean()))(params)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", ["middle", "mlp/hidden"]], ids=str)
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow), ["middle", "mlp/hidden"]], ids=str)
 def test_remat_changes_no_gradient(configured, filled, tokens, remat):
     params = filled(configured("gpt", **SMALL), tokens)["params"]
     want = gradient(configured("gpt", **SMALL, dropout=None), params, tokens)
@@ -110,6 +110,7 @@ def test_remat_changes_no_gradient(configured, filled, tokens, remat):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), got, want)
 
 
+@pytest.mark.slow
 def test_scan_and_remat_change_no_gradient(configured, filled, tokens):
     params = jax.jit(stack)(filled(configured("gpt", **SMALL), tokens)["params"])
     want = gradient(configured("gpt", **SMALL, dropout=None, scan=True), params, tokens)

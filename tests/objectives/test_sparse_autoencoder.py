@@ -150,6 +150,7 @@ def test_an_edit_of_a_feature_steers_the_model(configured, images):
     np.testing.assert_allclose(steered["logits"], wanted["logits"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_planted_dictionary_is_found_again(configured):
     """24 directions in 16 axes, two of them at once: more than any rotation of the axes could name."""
     random = np.random.RandomState(0)

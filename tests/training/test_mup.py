@@ -87,7 +87,7 @@ def test_each_parameter_is_of_its_kind_and_has_the_rates_of_the_table(case):
         assert {path: rates.get(path, 1.0) for path in found} == {path: table.get(kind, 1.0) for path, kind in found.items()}
 
 
-@pytest.mark.parametrize("case", ["mlp of several widths", "cnn", "gpt, untied"])
+@pytest.mark.parametrize("case", ["mlp of several widths", *(pytest.param(case, marks=pytest.mark.slow) for case in ("cnn", "gpt, untied"))])
 def test_first_values_have_the_deviation_of_the_base_or_its_mth_root(case):
     """Kernels and embeddings of a wide model, over many seeds, against those of the standard model at the base width."""
     overrides, _ = CASES[case]
@@ -109,7 +109,7 @@ def test_first_values_have_the_deviation_of_the_base_or_its_mth_root(case):
             assert here[path] / there[path] == pytest.approx(0.5 if expected_kind(path, case) == "hidden" else 1.0, rel=0.06), path
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow) if case.startswith("gpt, ") else case for case in CASES])
 def test_at_the_base_its_program_is_that_of_the_standard_model(case):
     programs = []
     for base in ((), ("model.base=null",)):
@@ -120,6 +120,7 @@ def test_at_the_base_its_program_is_that_of_the_standard_model(case):
     assert "mul" in str(programs[0])
 
 
+@pytest.mark.slow
 def test_at_the_base_it_trains_to_the_standard_model_bit_for_bit():
     states = []
     for base in ((), ("model.base=null",)):
