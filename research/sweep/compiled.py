@@ -1,5 +1,6 @@
-"""The body of `hydra/launcher=compiled`: jobs of one program are compiled once, and run one after another, side by side, or over devices."""
+"""The body of `hydra/launcher=compiled`: jobs of one program are compiled once, and run one or two at a time, side by side, or over devices."""
 
+import collections
 import contextlib
 import contextvars
 import copy
@@ -34,8 +35,9 @@ from research.training.preflight import abstract_state, memory_bytes, residual_b
 MODES = ("auto", "reuse", "vmap", "shard")
 SHARE = 0.5  # of the device's memory, for the trials of one program
 WORTH_S = 2.0  # training of a group that is shorter than this is not worth a second compilation to find something faster
-CPU_WORTH_S = 20.0  # likewise on CPU, where small trials side by side gain a fifth at the very best
+CPU_WORTH_S = 20.0  # likewise on CPU, where small trials side by side gain a fifth at the very best, and two at a time by themselves as much
 PROBE_S = 0.3  # of timing each way
+BESIDE = 0.1  # of a trial's time, spent on other things than training, as waiting for the disk: from here on two trials at a time take less
 _TOLD_AS_ONE = {
     "logger.progress": "none",
     "logger.figures": False,
@@ -71,8 +73,9 @@ def launch(jobs: app.Jobs, ready: Sequence[Ready], *, mode: str = "auto", rows: 
 
     Jobs whose programs are equal, which differ in seeds and in the numbers of `train.values` alone, make a group, whatever their order.
 
-    Args:    mode: reuse: one after another, each with the very numbers of a lone run.  vmap: side by side in one program.  shard: side by side on
-             each of the local devices.  auto: reuse or vmap as measured, over all devices where there are several.
+    Args:    mode: reuse: one after another, short ones two at a time, each with the very numbers of a lone run (but for the times, since two share
+             the machine).  vmap: side by side in one program.  shard: side by side on each of the local devices.  auto: reuse or vmap as measured,
+             over all devices where there are several.
              rows: trials in one program; None: as many as fit into half of the device's memory.
     Raises:  ConfigError: an unknown mode, one device to shard over, or jobs that want different processes.  KeyboardInterrupt: asked to stop.
     """
@@ -91,9 +94,10 @@ def launch(jobs: app.Jobs, ready: Sequence[Ready], *, mode: str = "auto", rows: 
         if mode == "shard" and len(devices) == 1:
             raise ConfigError(f"hydra.launcher.mode=shard: this machine has one device ({devices[0].device_kind}); use auto, vmap or reuse")
 
-        def attempt(job: Ready) -> None:
+        def attempt(job: Ready) -> Any:
             with app.silence(), board.running(job) as ended:
                 results[job.number] = ended(jobs.attempt(job.config, job.overrides, job.number))
+            return results[job.number]
 
         told = {job.number for job in ready if _is_told(job)}
         for job in ready:
@@ -104,18 +108,25 @@ def launch(jobs: app.Jobs, ready: Sequence[Ready], *, mode: str = "auto", rows: 
             over = devices if mode in ("auto", "shard") and len(group) > 1 and len(devices) > 1 and _alone(group[0].config) is None else devices[:1]
             board.say(_told(group, way, len(over)))
             if len(over) == 1:
-                _run(group, way, attempt)
+                _run(group, way, attempt, board.say)
             else:
                 shares = [group[i :: len(over)] for i in range(len(over))]
-                _threads([_on(device, _run, share, way, attempt) for device, share in zip(over, shares, strict=True) if share])
+                _threads([_on(device, _run, share, way, attempt, board.say) for device, share in zip(over, shares, strict=True) if share])
     return [results.get(job.number) for job in ready]
 
 
-def _run(group: Sequence[Ready], way: Way, attempt: Callable[[Ready], None]) -> None:
+def _run(group: Sequence[Ready], way: Way, attempt: Callable[[Ready], Any], say: Callable[[str], None]) -> None:
     """Runs jobs of one program on one device."""
     if way.name == "reuse":
-        for job in group:
-            attempt(job)
+        waiting, count = collections.deque(group), 1
+        while waiting and count == 1:
+            first, began = len(waiting) == len(group), time.perf_counter()
+            told = attempt(waiting.popleft())
+            if told is not None and not first and _shares(group[0].config):  # the first one compiles and reads for all
+                count = _at_once(told, time.perf_counter() - began)
+        if waiting:
+            say(f"from here on {count} at a time: one trains while another reads, writes and evaluates")
+            _lanes(waiting, count, attempt)
         return
     for start in range(0, len(group), way.rows):
         part = group[start : start + way.rows]
@@ -129,6 +140,42 @@ def _run(group: Sequence[Ready], way: Way, attempt: Callable[[Ready], None]) -> 
         _threads([lambda m=member, j=job, run=side_by_side: run(m, j) for member, job in zip(members, part, strict=True)])
 
 
+def _shares(config: DictConfig) -> bool:
+    """Whether a run may have another one beside it: not where both would wait for all devices, nor where the machine's energy is measured."""
+    return _alone(config) is None and not OmegaConf.select(config, "logger.energy")
+
+
+def _at_once(told: dict[str, Any], seconds: float) -> int:
+    """How many trials are under way at a time: two, where one can train while the other reads, writes and evaluates.
+
+    Args:    told: the result of one that ran alone; the seconds in it count from the run's beginning, so one that was resumed does not tell.
+             seconds: that it took now, in all.
+    """
+    if told["status"] != "finished":
+        return 1
+    beside = seconds - told["train_s"] - told["compile_s"]
+    return 2 if beside > BESIDE * (beside + told["train_s"]) and 2 * told["peak_bytes"] < memory_bytes() else 1
+
+
+def _lanes(waiting: "collections.deque[Ready]", count: int, attempt: Callable[[Ready], Any]) -> None:
+    """Runs jobs, so many at a time, until none is left or one of them or a signal wants the sweep to stop."""
+    stopped, signal = threading.Event(), Interrupt()
+
+    def lane() -> None:
+        while not stopped.is_set() and signal.asked is None:
+            try:
+                job = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                attempt(job)
+            except BaseException:
+                stopped.set()
+                raise
+
+    _threads([lane] * count, signal)
+
+
 def _on(device: Any, run: Callable[..., None], *arguments: Any) -> Callable[[], None]:
     def there() -> None:
         with jax.default_device(device):
@@ -137,13 +184,15 @@ def _on(device: Any, run: Callable[..., None], *arguments: Any) -> Callable[[], 
     return there
 
 
-def _threads(work: Sequence[Callable[[], None]]) -> None:
+def _threads(work: Sequence[Callable[[], None]], signal: Interrupt | None = None) -> None:
     """Does each piece in a thread of its own, with this thread's context; the first error is raised when all have ended.
 
     A signal that asks to stop reaches the loops of all; where none was in its loop any more, it is raised in the end.
 
+    Args:    signal: what hears it; None: one that nobody else asks.
     Raises:  KeyboardInterrupt: asked to stop.
     """
+    signal = signal or Interrupt()
     errors: list[BaseException] = []
     device = getattr(jax.config, "jax_default_device")  # noqa: B009  # the checker does not know it; it is not a part of the context
 
@@ -155,14 +204,14 @@ def _threads(work: Sequence[Callable[[], None]]) -> None:
             errors.append(error)
 
     threads = [threading.Thread(target=contextvars.copy_context().run, args=(guarded, piece)) for piece in work]
-    with Interrupt().listening(patient=True) as interrupt:
+    with signal.listening(patient=True):
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     if errors:
         raise errors[0]
-    if interrupt.asked is not None:
+    if signal.asked is not None:
         raise KeyboardInterrupt
 
 

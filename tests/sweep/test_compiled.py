@@ -1,5 +1,6 @@
 """The compiled launcher: one program for jobs that differ in numbers alone, with the results of lone runs."""
 
+import collections
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+from research.core.config import compose
 from research.sweep import compiled
 from research.sweep.ledger import Ledger
 from research.training import log, parallel, trials
@@ -33,12 +35,14 @@ def sizes():
 
 
 @pytest.mark.parametrize("chunk", [1, 10])
-def test_one_after_another_each_is_the_lone_run_bit_for_bit(sweep, result, chunk):
+def test_one_after_another_each_is_the_lone_run_bit_for_bit(sweep, result, monkeypatch, chunk):
+    monkeypatch.setattr(compiled, "_at_once", lambda told, seconds: 2)  # the last two beside each other, however fast this machine is
     before, four = sizes(), (*FOUR, f"train.chunk={chunk}")
     told, held = sweep(*four, COMPILED, "hydra.launcher.mode=reuse")
     assert told.code == 0, told.err
     assert [now - then for now, then in zip(sizes(), before, strict=True)] == [1, 0]
     assert "4 trials of one program: one after another" in "\n".join(told.err)
+    assert "from here on 2 at a time" in "\n".join(told.err)
     _, alone = sweep(*four, folder="alone")
     assert sorted(trial.trial for trial in held) == sorted(trial.trial for trial in alone)
     for trial in held:
@@ -46,9 +50,55 @@ def test_one_after_another_each_is_the_lone_run_bit_for_bit(sweep, result, chunk
     assert curves(sweep.path) == curves(sweep.path.parent / "alone")
 
 
-def test_a_signal_that_no_trial_hears_any_more_stops_the_sweep_all_the_same():
+TOLD = {"status": "finished", "train_s": 1.0, "compile_s": 0.5, "peak_bytes": 1}
+
+
+@pytest.mark.parametrize(
+    ("changed", "seconds", "count"),
+    [
+        ({}, 1.9, 2),
+        ({}, 1.55, 1),  # nearly all of it was training
+        ({"peak_bytes": 1 << 60}, 9.0, 1),  # two have no room
+        ({"train_s": 40.0}, 3.0, 1),  # it was resumed: most of its training was another command's
+        ({"status": "stopped_early"}, 9.0, 1),
+    ],
+)
+def test_two_at_a_time_where_training_is_not_nearly_all_of_a_trial(changed, seconds, count):
+    assert compiled._at_once({**TOLD, **changed}, seconds) == count
+
+
+def test_what_needs_all_devices_or_measures_the_machine_is_alone():
+    assert compiled._shares(compose(["experiment=digits_mlp"]))
+    for line in ("parallel=fsdp", "debug.nans=true", "debug.disable_jit=true", "logger.energy=FRA"):
+        assert not compiled._shares(compose(["experiment=digits_mlp", line]))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_each_trial_is_run_once_and_no_more_begin_after_one_was_stopped(count):
+    began, waiting = [], collections.deque(range(9))
+    compiled._lanes(waiting, count, began.append)
+    assert sorted(began) == list(range(9))
+
+    def attempt(job):
+        began.append(job)
+        raise KeyboardInterrupt
+
+    began, waiting = [], collections.deque(range(9))
     with pytest.raises(KeyboardInterrupt):
-        compiled._threads([lambda: os.kill(os.getpid(), signal.SIGINT), lambda: time.sleep(0.2)])
+        compiled._lanes(waiting, count, attempt)
+    assert 1 <= len(began) <= count
+
+    def asked(job):
+        """Ctrl-C comes when no trial is in its loop any more."""
+        began.append(job)
+        if job == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+    began, waiting = [], collections.deque(range(9))
+    with pytest.raises(KeyboardInterrupt):
+        compiled._lanes(waiting, count, asked)
+    assert len(began) < 9
 
 
 def test_side_by_side_each_has_the_numbers_of_the_lone_run(sweep):

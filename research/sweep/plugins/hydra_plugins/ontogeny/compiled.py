@@ -16,7 +16,7 @@ class CompiledConf:
     """What `hydra.launcher.…` can set."""
 
     _target_: str = "hydra_plugins.ontogeny.compiled.CompiledLauncher"
-    mode: str = "auto"  # auto | reuse: one after another | vmap: side by side in one program | shard: side by side on each device
+    mode: str = "auto"  # auto | reuse: one or two at a time | vmap: side by side in one program | shard: side by side on each device
     rows: int | None = None  # trials in one program; null: as many as fit into half of the device's memory
 
 
