@@ -92,4 +92,4 @@ def test_sweeps_are_judged_by_the_whole_command(bench):
     assert bench["verdict"]("sweeps", entry) == "met"
     page = bench["markdown"]({"sweeps": entry})
     assert "| basic | 90.0 | 9.00 | 8 | 5.0 | how | 0.25 |" in page
-    assert "the training\nalone takes 0.20 s" in page
+    assert "in a lone run training\nalone takes 0.20 s" in page

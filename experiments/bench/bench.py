@@ -191,9 +191,7 @@ def markdown(table: dict[str, dict[str, Any]]) -> str:
         ]
         lines += ["once for all its jobs, and each worker of `joblib` once for its own. The last row is the same work without this project"]
         lines += ["(`tests/peers/sweep_hydra.py`), where each job compiles its step anew, as Flax's own examples have it."]
-        lines += [
-            f"What a further trial adds: the seconds of {TRIALS} less those of one, programs kept, over {TRIALS - 1}; in a lone run the training"
-        ]
+        lines += [f"What a further trial adds: the seconds of {TRIALS} less those of one, programs kept, over {TRIALS - 1}; in a lone run training"]
         lines += [f"alone takes {alone['train_s']:.2f} s."]
     return "\n".join(lines) + "\n"
 

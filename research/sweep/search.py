@@ -313,9 +313,8 @@ class Search:
         self.folder = pathlib.Path(str(config.hydra.sweep.dir))
         self.fixed, swept = _parted(loader, _with(params, arguments, config))
         self.retry = "retry=true" in self.fixed
-        first = compose_jobs(
-            loader if isinstance(loader, Once) else Once(loader), config, [[*self.fixed, *(line for o in swept if (line := _first(o)))]]
-        )[0]
+        once = loader if isinstance(loader, Once) else Once(loader)
+        first = compose_jobs(once, config, [[*self.fixed, *(line for o in swept if (line := _first(o)))]])[0]
         tree = plain(first)
         self.axes = [axis(override, descend(tree, override.key_or_group)[0]) for override in swept]
         if not self.axes:

@@ -1,13 +1,14 @@
 """From a config to a step: equal configs give equal steps, numbers become values, and what does not fit is told."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 from omegaconf import OmegaConf
 
 from research.core.config import compose
 from research.core.errors import ConfigError
 from research.core.shared import sharing
-from research.core.spec import fields
+from research.core.spec import fields, zero_batch
 from research.core.tree import sha256
 from research.training.assembly import Assembly, assemble
 from research.training.parallel import Jit, Pmap
@@ -38,6 +39,13 @@ def test_listed_numbers_are_values_and_no_constants():
     assert assembly.step.objective.module.dropout is None
     assert set(assembly.step.optimizer.values) == {"learning_rate", "weight_decay"}
     assembly.check(64)
+
+
+def test_the_first_state_compiled_quickly_is_the_one_compiled_as_any_program():
+    one = assembled("model=mlp")
+    hyper = {name: jnp.float32(value) for name, value in one.hyper.items()}
+    usual = jax.jit(lambda key, hyper: one.step.create(key, zero_batch(one.spec, 1), hyper))(one._key(), hyper)
+    assert sha256(one.state()) == sha256(usual)
 
 
 def test_the_abstract_state_is_that_of_the_first_one():
