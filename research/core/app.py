@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import gc
 import logging
 import os
 import sys
@@ -80,6 +81,9 @@ def main(verb: Verb, name: str, argv: Sequence[str] | None = None, arrange: Arra
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     program = sys.argv[0] if argv is None else f"research-{name}"
+    if not gc.isenabled():  # this process has only imported so far (research/__init__.py): all of that stays
+        gc.freeze()
+        gc.enable()
     jobs = Jobs(verb)
     try:
         with _isolated():

@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
@@ -269,8 +268,8 @@ class Checkpoints:
         path = self._path(step)
         stored = {name: _stored(leaf) for name, leaf in _abstract(like).items()}
         try:
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
-                arrays = orbax.restore(path / ARRAYS, args=ocp.args.StandardRestore(_nested(stored)))
+            with _orbax() as (orbax, args):
+                arrays = orbax.restore(path / ARRAYS, args=args.StandardRestore(_nested(stored)))
         except Exception as error:  # pages of TensorStore's text
             raise _UnreadableError(f"cannot be read: {_reason(error)}") from error
         leaves = {**stored, **flatten_dict(arrays, sep="/")}
@@ -301,8 +300,8 @@ class Checkpoints:
             part.mkdir(parents=True)
             _require_space(part, leaves)
         hosts.wait(f"begin {name}")
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
-            orbax.save(part / ARRAYS, args=ocp.args.StandardSave(_nested(leaves)))
+        with _orbax() as (orbax, args):
+            orbax.save(part / ARRAYS, args=args.StandardSave(_nested(leaves)))
         if hosts.first():
             for file, text in files.items():
                 (part / file).write_text(text)
@@ -340,6 +339,15 @@ class Checkpoints:
                 path.rename(final)
             elif path.name.endswith(PARTIAL) or (path.name.isdigit() and not (path / manifest.NAME).exists()):
                 _remove(path)
+
+
+@contextlib.contextmanager
+def _orbax() -> Iterator[tuple[Any, Any]]:
+    """(a checkpointer, the module): imported at the first checkpoint, a quarter of a second that then passes beside the steps, not before them."""
+    import orbax.checkpoint
+
+    with orbax.checkpoint.Checkpointer(orbax.checkpoint.StandardCheckpointHandler()) as checkpointer:
+        yield checkpointer, orbax.checkpoint.args
 
 
 def _period(keep: str) -> int:

@@ -124,6 +124,11 @@ def create(step: Step, key: jax.Array, batch: Batch, hyper: Mapping[str, float],
     return _creating(jax.default_backend())(step, layout, key, batch, _values(hyper))
 
 
+def shapes(step: Step, key: jax.Array, batch: Batch, hyper: Mapping[str, float]) -> State:
+    """What `create` gives on one device, as shapes and dtypes: by the same program, which keeps what is traced here."""
+    return _creating(jax.default_backend()).eval_shape(step, None, key, batch, _values(hyper))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Whole:
     """What holds where each device has the whole state."""
