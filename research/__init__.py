@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 __all__ = ["Attribution", "Run", "__version__", "compose"]
 __version__ = "0.1.0"
 
-if sys.argv[:1] == ["-m"]:  # `python -m research.VERB` begins: the imports make a million objects that stay, and looking through them takes half a second
+# `python -m research.VERB` begins: its imports make a million objects that stay, and looking for garbage among them takes half a second.
+if sys.argv[:1] == ["-m"]:
     gc.disable()  # until `research.core.app.main`
 
 _HOMES = {"compose": "research.core.config", "Run": "research.run", "Attribution": "research.explanation.result"}

@@ -42,6 +42,20 @@ def test_writing_events_leaves_torch_where_it_is(tmp_path):
     assert python(code, cwd=tmp_path) == ["False", "loaded"]
 
 
+def test_garbage_is_looked_for_again_once_a_command_has_imported_what_it_needs():
+    code = """import gc, sys
+import research; print(gc.isenabled())
+del sys.modules["research"]; sys.argv[0] = "-m"
+import research; print(gc.isenabled())
+from research.core import app
+app.main(lambda config: print(gc.isenabled(), gc.get_freeze_count() > 0), "train", ["seed=1"])"""
+    assert python(code)[:4] == ["True", "False", "True", "True"]
+
+
+def test_training_starts_without_what_only_its_first_checkpoint_needs():
+    assert python("import sys, research.train; print('orbax.checkpoint' in sys.modules)") == ["False"]
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'compoze'"):
         _ = research.compoze

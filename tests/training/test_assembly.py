@@ -12,6 +12,7 @@ from research.core.spec import fields, zero_batch
 from research.core.tree import sha256
 from research.training.assembly import Assembly, assemble
 from research.training.parallel import Jit, Pmap
+from research.training.step import Step
 
 SPEC = {"fields": fields(image=((8, 8, 1), "float32"), label=((), "int32")), "classes": 10, "outputs": 10, "image": [8, 8, 1]}
 
@@ -52,6 +53,15 @@ def test_the_abstract_state_is_that_of_the_first_one():
     assembly = assembled("train.ema=0.9", "model.norm=batch")
     abstract, state = assembly.abstract(), assembly.state()
     assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+
+
+def test_the_first_state_is_traced_once_for_its_shapes_and_for_itself(monkeypatch):
+    traced, create = [], Step.create
+    monkeypatch.setattr(Step, "create", lambda *given: traced.append(1) or create(*given))
+    assembly = assembled("model.width=11")  # a program that no other test has made
+    assembly.check(4)
+    assembly.state()
+    assert len(traced) == 1
 
 
 def test_epochs_are_counted_in_batches():
