@@ -78,7 +78,9 @@ def until(condition, process, folder, seconds=120):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith(("gpt", "accumulation")) else name for name in RUNS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name.startswith(("gpt", "accumulation", "cnn")) else name for name in RUNS]
+)
 def test_stopped_at_17_and_resumed_equals_undisturbed(command, undisturbed, tmp_path, name):
     """17 is neither a log point nor an evaluation, so that the records of metrics.jsonl would show a window that was cut."""
     argv = (*RUNS[name], *QUIET)
@@ -101,7 +103,7 @@ def test_chunks_stopped_inside_a_window_and_resumed_equal_undisturbed_ones(comma
     assert (told.code, told.err) == (2, [line for line in told.err if "train.chunk: 5 there, 1 here" in line])
 
 
-@pytest.mark.parametrize("monitor", ["validation/loss", "train/loss"])
+@pytest.mark.parametrize("monitor", [pytest.param("validation/loss", marks=pytest.mark.slow), "train/loss"])
 def test_decisions_of_the_host_are_resumed(command, undisturbed, tmp_path, monitor):
     """Plateau and patience look at results, so that what the host remembers must be the same too."""
     validation = "data.validation=0.2" if monitor.startswith("validation") else "data.validation=0"

@@ -115,7 +115,7 @@ def test_a_run_leaves_a_complete_folder(trained, family):
     assert f"research.evaluate run={folder}" in told.out
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(family, marks=pytest.mark.slow) if family == "cnn" else family for family in FAMILIES])
 def test_evaluate_agrees_with_the_end_of_training(trained, command, family):
     folder, _ = trained(family)
     split = "validation" if family == "gpt" else "test"

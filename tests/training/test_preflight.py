@@ -57,7 +57,7 @@ def test_what_fits_is_what_memory_leaves():
     assert cut["activation_bytes_per_device"] == pytest.approx(told["activation_bytes_per_device"] / 4, rel=0.1)
 
 
-@pytest.mark.parametrize("scan", ["true", "false"])
+@pytest.mark.parametrize("scan", [pytest.param("true", marks=pytest.mark.slow), "false"])
 def test_recomputing_keeps_one_vector_a_block_and_token(scan):
     def kept(rows, *more):
         assembly = assembled(TEXT, *GPT, f"model.scan={scan}", *more)

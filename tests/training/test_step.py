@@ -85,7 +85,7 @@ def gpt_step():
     return Step(LanguageModel(model), Optimizer(optax.adamw, (("weight_decay", 0.01),), clip=1.0), Cosine(warmup=2), steps=40)
 
 
-@pytest.mark.parametrize("kind", ["table", pytest.param("windows", marks=pytest.mark.slow), "accumulated"])
+@pytest.mark.parametrize("kind", ["table", pytest.param("windows", marks=pytest.mark.slow), pytest.param("accumulated", marks=pytest.mark.slow)])
 def test_chunks_see_the_bits_of_single_steps_and_give_their_losses(make_step, gpt_step, request, kind):
     step = gpt_step if kind == "windows" else dataclasses.replace(make_step(norm="batch"), accumulate=1 + (kind == "accumulated"))
     source = request.getfixturevalue("windows" if kind == "windows" else "table")
