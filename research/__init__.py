@@ -1,9 +1,10 @@
 """Ontogeny: the whole life of a network as one step function over one run folder."""
 
-import gc
 import importlib
 import sys
 from typing import TYPE_CHECKING, Any
+
+from research.core.memory import pause_garbage
 
 if TYPE_CHECKING:
     from research.core.config import compose
@@ -13,10 +14,6 @@ if TYPE_CHECKING:
 __all__ = ["Attribution", "Run", "__version__", "compose"]
 __version__ = "0.1.0"
 
-# `python -m research.VERB` begins: its imports make a million objects that stay, and looking for garbage among them takes half a second.
-if sys.argv[:1] == ["-m"]:
-    gc.disable()  # until `research.core.app.main`
-
 _HOMES = {"compose": "research.core.config", "Run": "research.run", "Attribution": "research.explanation.result"}
 
 
@@ -25,3 +22,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+if sys.argv[:1] == ["-m"] and any(word.startswith(f"{__name__}.") for word in sys.orig_argv):  # Python looks for the verb that it will run
+    pause_garbage()

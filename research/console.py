@@ -1,11 +1,11 @@
 """The console scripts: `research-train` runs the verb `research.train`, `research-evaluate` the verb `research.evaluate`, and so on."""
 
-import gc
 import importlib
 import pathlib
 import sys
 
 from research.core import app
+from research.core.memory import pause_garbage
 
 
 def main() -> int:
@@ -13,7 +13,7 @@ def main() -> int:
     name = pathlib.Path(sys.argv[0]).stem.removeprefix("research-")
     if {"-sc", "--shell-completion"} & set(sys.argv):
         return app.main(lambda config: None, name)
-    gc.disable()  # as `python -m research.VERB` does; `app.main` ends it
+    pause_garbage()
     try:
         verb = importlib.import_module(f"research.{name}")
     except KeyboardInterrupt:

@@ -4,7 +4,6 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-import gc
 import logging
 import os
 import sys
@@ -22,7 +21,7 @@ from omegaconf import DictConfig
 from research.core import folder, hosts
 from research.core.cache import cached_programs
 from research.core.errors import ConfigError, Interrupted, ResearchError
-from research.core.memory import keep_freed_memory
+from research.core.memory import keep_freed_memory, resume_garbage
 from research.core.nodes import leaves, plain
 from research.core.overrides import COMPOSING, Composer, explain
 from research.core.workers import take_part
@@ -81,9 +80,7 @@ def main(verb: Verb, name: str, argv: Sequence[str] | None = None, arrange: Arra
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     program = sys.argv[0] if argv is None else f"research-{name}"
-    if not gc.isenabled():  # this process has only imported so far (research/__init__.py): all of that stays
-        gc.freeze()
-        gc.enable()
+    resume_garbage()
     jobs = Jobs(verb)
     try:
         with _isolated():

@@ -17,7 +17,7 @@ from research.core.spec import abstract_batch, zero_batch
 from research.core.types import Batch, State, Tree
 from research.training.loop import Settings
 from research.training.optimizer import Optimizer
-from research.training.parallel import Jit, Parallel, shapes
+from research.training.parallel import Jit, Parallel, abstract_state
 from research.training.step import Step
 
 
@@ -44,10 +44,10 @@ class Assembly:
     def abstract(self) -> State:
         """The shapes and dtypes of the state, and where its arrays lie; nothing is computed."""
 
-        def first() -> State:
-            return shapes(self.step, self._key(), abstract_batch(self.spec, 1), self.hyper)
+        def traced() -> State:
+            return abstract_state(self.step, self._key(), abstract_batch(self.spec, 1), self.hyper)
 
-        return self.parallel.abstract(shared(("abstract", *self._kind()), first))
+        return self.parallel.abstract(shared(("abstract", *self._kind()), traced))
 
     def still(self) -> Tree:
         """The shapes and dtypes of what stands still beside the state, as far as predicting needs it; None for most runs."""

@@ -343,7 +343,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _orbax() -> Iterator[tuple[Any, Any]]:
-    """(a checkpointer, the module): imported at the first checkpoint, a quarter of a second that then passes beside the steps, not before them."""
+    """(a checkpointer, what makes its arguments). Imported at the first checkpoint: a quarter of a second beside the steps instead of before them."""
     import orbax.checkpoint
 
     with orbax.checkpoint.Checkpointer(orbax.checkpoint.StandardCheckpointHandler()) as checkpointer:

@@ -124,7 +124,7 @@ def create(step: Step, key: jax.Array, batch: Batch, hyper: Mapping[str, float],
     return _creating(jax.default_backend())(step, layout, key, batch, _values(hyper))
 
 
-def shapes(step: Step, key: jax.Array, batch: Batch, hyper: Mapping[str, float]) -> State:
+def abstract_state(step: Step, key: jax.Array, batch: Batch, hyper: Mapping[str, float]) -> State:
     """What `create` gives on one device, as shapes and dtypes: by the same program, which keeps what is traced here."""
     return _creating(jax.default_backend()).eval_shape(step, None, key, batch, _values(hyper))
 

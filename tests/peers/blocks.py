@@ -1,13 +1,15 @@
 """Blocks of timed steps on request: what the torch programs of this folder share."""
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
 
 import torch
 
-TRIALS, TRIAL_STEPS = 3, 10  # blocks of steps, by the fastest of which the fastest variant is chosen
+TRIALS, TRIAL_S = 3, 2.0  # blocks of each variant, at least, and seconds of its steps, by whose median the fastest is chosen
+TRIAL_STEPS, SETTLING = 10, 2  # of a block, and before it: threads and caches are still the last variant's
 
 
 def serve(variants: dict[str, Callable[[], float]], steps: int, parameters: int) -> None:
@@ -25,16 +27,22 @@ def serve(variants: dict[str, Callable[[], float]], steps: int, parameters: int)
             if name == "eager":
                 raise
             print(f"{name} does not work here: {type(error).__name__}", file=sys.stderr)
-    trials = {name: [] for name in working}
-    for _ in range(TRIALS):
+    trials = {name: trial(variants[name]) for name in working}
+    while len(next(iter(trials.values()))) < TRIALS * TRIAL_STEPS or min(map(sum, trials.values())) < TRIAL_S:
         for name, times in trials.items():
-            times += block(variants[name], TRIAL_STEPS)
-    best = min(trials, key=lambda name: min(trials[name]))
+            times += trial(variants[name])
+    medians = {name: statistics.median(times) for name, times in trials.items()}
+    best = min(medians, key=medians.__getitem__)
     facts = {"variant": best, "parameters": parameters, "version": torch.__version__, "threads": torch.get_num_threads()}
-    facts |= {"variants": {name: round(min(times) * 1e3, 3) for name, times in trials.items()}, "compile_s": round(working[best], 2)}
+    facts |= {"variants": {name: round(median * 1e3, 3) for name, median in medians.items()}, "compile_s": round(working[best], 2)}
     print(json.dumps({**facts, "seconds": trials[best]}), flush=True)
     for _ in sys.stdin:
         print(json.dumps({**facts, "seconds": block(variants[best], steps)}), flush=True)
+
+
+def trial(step: Callable[[], float]) -> list[float]:
+    """The seconds of each step of a block that has settled."""
+    return block(step, SETTLING + TRIAL_STEPS)[SETTLING:]
 
 
 def block(step: Callable[[], float], steps: int) -> list[float]:
