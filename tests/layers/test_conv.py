@@ -23,8 +23,10 @@ def test_max_pool_equals_reduce_window(size, shape):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
 
 
-def test_equal_maxima_share_the_gradient():
-    np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: max_pool(x, 2).sum()))(jnp.ones((1, 2, 2, 1))), jnp.full((1, 2, 2, 1), 0.25))
+@pytest.mark.parametrize(("window", "shares"), [([[1, 1], [1, 1]], [[0.25, 0.25], [0.25, 0.25]]), ([[1, 1], [1, 0]], [[0.25, 0.5], [0.25, 0]])])
+def test_equal_maxima_share_the_gradient(window, shares):
+    x, want = (jnp.asarray(values, jnp.float32).reshape(1, 2, 2, 1) for values in (window, shares))
+    np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: max_pool(x, 2).sum()))(x), want)
 
 
 @pytest.mark.parametrize(("padding", "side"), [("VALID", 4), ("SAME", 6)])
@@ -69,12 +71,35 @@ def test_convolve_has_the_values_and_gradients_of_xla(sides, strides, channels, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
 
 
-def test_in_bfloat16_a_sum_is_rounded_once():
+@pytest.mark.parametrize("channels", [1, 3])
+def test_in_bfloat16_a_sum_is_rounded_once(channels):
     random = np.random.RandomState(0)
-    x, kernel = jnp.asarray(random.randn(2, 9, 9, 1), jnp.bfloat16), jnp.asarray(random.randn(5, 5, 1, 8), jnp.bfloat16)
+    x, kernel = (jnp.asarray(random.randn(*shape), jnp.bfloat16) for shape in ((2, 9, 9, channels), (5, 5, channels, 8)))
     form = jax.jit(lambda x, kernel: convolve(x, kernel, (1, 1), ((0, 0), (0, 0))))
     want = np.asarray(form(x.astype(jnp.float32), kernel.astype(jnp.float32)))
     np.testing.assert_allclose(np.asarray(form(x, kernel), np.float32), want, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_gradients_of_pieces_are_added_in_float32(channels, monkeypatch):
+    monkeypatch.setattr(conv, "COLUMNS", 1)
+    x, kernel = jnp.ones((4096, 3, 3, channels), jnp.bfloat16), jnp.zeros((3, 3, channels, 4), jnp.bfloat16)
+    slope = jax.jit(jax.grad(lambda kernel: convolve(x, kernel, (1, 1), ((0, 0), (0, 0))).astype(jnp.float32).sum()))(kernel)
+    np.testing.assert_array_equal(np.asarray(slope, np.float32), np.full(kernel.shape, 4096.0))  # in bfloat16 4096 + 4 is 4096
+
+
+@pytest.mark.parametrize("columns", [conv.COLUMNS, 1], ids=["batch at once", "image by image"])
+def test_convolve_of_several_channels_has_a_forward_derivative(columns, monkeypatch):
+    monkeypatch.setattr(conv, "COLUMNS", columns)
+    random = np.random.RandomState(0)
+    values, tangents = ([jnp.asarray(random.randn(*shape), jnp.float32) for shape in ((4, 5, 5, 2), (3, 3, 2, 4))] for _ in range(2))
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    forms = (lambda x, kernel: convolve(x, kernel, (1, 1), ((0, 0), (0, 0))), plain)
+    got, want = jax.jit(lambda: [jax.jvp(form, values, tangents)[1] for form in forms])()
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_a_gradient_of_convolve_can_be_differentiated():
