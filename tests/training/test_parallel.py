@@ -122,7 +122,7 @@ def test_a_mesh_of_eight_devices_gives_the_losses_of_one(kind, group):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "most"), [("cnn", 1.6), ("lstm", 1.2)])  # each device makes the whole update, in a small CNN a third of its work
+@pytest.mark.parametrize(("kind", "most"), [("cnn", 1.6), ("lstm", 1.2)])  # each makes the whole update, a third of this CNN's work
 def test_each_device_does_its_part_of_products_over_positions(kind, most):
     """A product over positions and rows as one axis can bring the whole batch to every device."""
     one, (other,) = on_eight_devices(kind, LAYOUTS["data"])
