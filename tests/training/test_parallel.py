@@ -78,7 +78,9 @@ def run(parallel, objective, batches, accumulate=1):
     zeros = {name: np.zeros(x.shape, x.dtype) for name, x in one.items()}
     state = parallel.place(parallel.create(step, jax.random.key(0), zeros, {"learning_rate": 1e-2}))
     losses, train = [], parallel.train(step)
-    program = jax.jit(lambda state, batch: train(state, None, batch)).lower(state, parallel.put(batches[0])).compile() if kind in ("cnn", "lstm") else None
+    program = None
+    if kind in ("cnn", "lstm"):
+        program = jax.jit(lambda state, batch: train(state, None, batch)).lower(state, parallel.put(batches[0])).compile()
     for batch in batches:
         state, metrics = train(state, None, parallel.put(batch))
         losses.append(means(jax.device_get(parallel.one(metrics)))["loss"])
