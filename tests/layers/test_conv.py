@@ -85,7 +85,7 @@ def test_gradients_of_pieces_are_added_in_float32(channels, monkeypatch):
     monkeypatch.setattr(conv, "COLUMNS", 1)
     x, kernel = jnp.ones((4096, 3, 3, channels), jnp.bfloat16), jnp.zeros((3, 3, channels, 4), jnp.bfloat16)
     slope = jax.jit(jax.grad(lambda kernel: convolve(x, kernel, (1, 1), ((0, 0), (0, 0))).astype(jnp.float32).sum()))(kernel)
-    np.testing.assert_array_equal(np.asarray(slope, np.float32), np.full(kernel.shape, 4096.0))  # in bfloat16 4096 + 4 is 4096
+    np.testing.assert_array_equal(np.asarray(slope, np.float32), np.full(kernel.shape, 4096.0))  # four rows a piece, and in bfloat16 1024 + 4 is 1024
 
 
 @pytest.mark.parametrize("columns", [conv.COLUMNS, 1], ids=["batch at once", "image by image"])
@@ -127,3 +127,12 @@ def test_windows_of_a_large_batch_are_read_in_pieces(rows, at_once, monkeypatch)
     text = str(jax.make_jaxpr(jax.grad(lambda variables: jnp.sum(jnp.asarray(module.apply(variables, x)))))(variables))
     assert f"f32[{at_once * 36},18]" in text
     assert ("scan" in text) == (rows > at_once)
+
+
+def test_a_batch_on_several_devices_is_not_cut(monkeypatch):
+    monkeypatch.setattr(conv, "COLUMNS", 1)
+    monkeypatch.setattr(conv, "layout", lambda: "any")
+    x, kernel = jnp.ones((4, 6, 6, 2)), jnp.ones((3, 3, 2, 4))
+    text = str(jax.make_jaxpr(jax.grad(lambda kernel: convolve(x, kernel, (1, 1), ((0, 0), (0, 0))).sum()))(kernel))
+    assert "scan" not in text
+    assert "remat" in text or "checkpoint" in text

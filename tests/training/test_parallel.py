@@ -36,6 +36,7 @@ GROUPS = [
 PROGRAM = """
 import json, sys
 import jax, numpy as np, optax
+from research.layers import conv
 from research.models.cnn import CNN
 from research.models.gpt import GPT
 from research.models.lstm import LSTM
@@ -72,6 +73,7 @@ KINDS = {
 }
 
 def run(parallel, objective, batches, accumulate=1):
+    conv.COLUMNS = 1 if isinstance(parallel, Sharded) else 1 << 22  # more than one image would be read in pieces, did it not lie on several devices
     one = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in batches[0].items()}
     parallel = parallel.fit(objective, one)
     step = Step(objective, Optimizer(optax.adamw, clip=1.0), Constant(), steps=20, accumulate=accumulate, axis=parallel.axis)
