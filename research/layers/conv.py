@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from research.core.axis import layout
 
-COLUMNS = 1 << 22  # bytes that the windows of one piece of a batch may take on CPU: they stay in its cache, and no more are kept for the gradient
+COLUMNS = 1 << 22  # bytes that the windows of one piece of a batch may take on CPU: they stay in its cache; no more are kept for the gradient
 
 Pair = tuple[int, int]
 

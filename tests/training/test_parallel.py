@@ -73,7 +73,7 @@ KINDS = {
 }
 
 def run(parallel, objective, batches, accumulate=1):
-    conv.COLUMNS = 1 if isinstance(parallel, Sharded) else 1 << 22  # more than one image would be read in pieces, did it not lie on several devices
+    conv.COLUMNS = 1 if isinstance(parallel, Sharded) else 1 << 22  # so that meshes take the way of large batches
     one = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in batches[0].items()}
     parallel = parallel.fit(objective, one)
     step = Step(objective, Optimizer(optax.adamw, clip=1.0), Constant(), steps=20, accumulate=accumulate, axis=parallel.axis)
