@@ -58,9 +58,9 @@ def convolve(x: Float[Array, "b y x c"], kernel: Float[Array, "k k2 c d"], strid
     """The sum over each window, weighted by the kernel.
 
     On CPU it is a matrix product of the windows side by side with the kernel, and so are its gradients, which XLA takes for convolutions that are
-    slower: on two cores (AMD EPYC) the step of a ResNet-18 takes 0.90 of the time, that of a small CNN 0.80. Windows that do not fit into a cache are read in
-    pieces of the batch, and again for the gradient. For images of one channel the sum is taken pixel by pixel of the kernel, in half the time;
-    that form has no forward-mode derivative, its gradient has one.
+    slower: on two cores (AMD EPYC) the step of a ResNet-18 takes 0.90 of the time, that of a small CNN 0.80. Windows that do not fit into a
+    cache are read in pieces of the batch, and again for the gradient. For images of one channel the sum is taken pixel by pixel of the kernel,
+    in half the time; that form has no forward-mode derivative, its gradient has one.
 
     Args:    strides, padding: along rows and columns.
     """
