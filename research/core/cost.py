@@ -11,6 +11,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from research.core.types import Batch, Objective, Tree
 
+counting = jax.make_user_context(False)  # True: what is traced is only counted, so a layer whose fast form multiplies less takes the plain one
 _TRANSFORMS = ("checkpoint", "rematted_computation", "while", "body", "closed_call")  # words of a name stack that are no module's
 
 
@@ -24,7 +25,7 @@ class Cost(NamedTuple):
     exact: bool
 
 
-def cost(function: Callable[..., Any], *args: Any) -> Cost:
+def cost(function: Callable[..., Any], *args: Any, as_written: bool = False) -> Cost:
     """The operations of `function(*args)`.
 
     Counted are the products and sums of matrix products and convolutions, two for each weight that meets an input, whatever their types: the
@@ -32,11 +33,11 @@ def cost(function: Callable[..., Any], *args: Any) -> Cost:
     as often as it runs, of the branches of a condition the dearest, what the result does not depend on not at all.
 
     The program is the one for this platform: attention on CPU skips keys that lie after a whole block of queries, elsewhere it does not.
+    A convolution counts in full, also where it is computed with fewer products (`layers/conv.py`).
 
-    Args:    args: arrays or abstract values.
+    Args:    args: arrays or abstract values.  as_written: count such a convolution's own products instead.
     """
-    program = jax.make_jaxpr(function)(*args).jaxpr
-    return _total(dce_jaxpr(program, [True] * len(program.outvars))[0])
+    return _total(_program(function, args, as_written))
 
 
 def flops_by_layer(function: Callable[..., Any], *args: Any) -> dict[str, int]:
@@ -44,9 +45,8 @@ def flops_by_layer(function: Callable[..., Any], *args: Any) -> dict[str, int]:
 
     Of the branches of a condition the dearest counts, as there. What no module names stands under "".
     """
-    program = jax.make_jaxpr(function)(*args).jaxpr
     found: dict[str, int] = {}
-    _add(dce_jaxpr(program, [True] * len(program.outvars))[0], "", 1, found)
+    _add(_program(function, args), "", 1, found)
     return found
 
 
@@ -68,6 +68,13 @@ def flops_per_example(objective: Objective, model: tuple[Tree, Tree, Tree, Any],
         return objective.predict(params, extra, frozen, batch, None, hyper)[0]
 
     return flops(outputs, model, batch) // batch["mask"].shape[0]
+
+
+def _program(function: Callable[..., Any], args: tuple[Any, ...], as_written: bool = False) -> Jaxpr:
+    """What `function(*args)` computes, without what no result depends on."""
+    with counting(not as_written):
+        program = jax.make_jaxpr(function)(*args).jaxpr
+    return dce_jaxpr(program, [True] * len(program.outvars))[0]
 
 
 def _add(program: Jaxpr, above: str, times: int, found: dict[str, int]) -> None:

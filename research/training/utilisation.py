@@ -65,7 +65,7 @@ def step_flops(assembly: Assembly, batch: int, frozen: Tree = None) -> Cost:
     """
     step = dataclasses.replace(assembly.step, axis=None)
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), assembly.abstract())
-    return cost(step.__call__, state, frozen, abstract_batch(assembly.spec, batch))
+    return cost(step.__call__, state, frozen, abstract_batch(assembly.spec, batch), as_written=True)
 
 
 def peak(dtype: str, named: Any = None) -> tuple[float, str]:

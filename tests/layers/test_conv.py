@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.core.cost import cost
 from research.layers import conv
 from research.layers.conv import Conv, convolve, max_pool
 
@@ -71,6 +72,76 @@ def test_convolve_has_the_values_and_gradients_of_xla(sides, strides, channels, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
 
 
+@pytest.fixture
+def always_tiles(monkeypatch):
+    for name in ("SAVED", "CHANNELS", "PRODUCT", "ROWS"):
+        monkeypatch.setattr(conv, name, 0)
+
+
+def products(function, *args):
+    """The shapes that matrices are multiplied to."""
+    text = str(jax.make_jaxpr(function)(*args))
+    return [line.split(" = ")[0].split(":")[1].strip() for line in text.splitlines() if "dot_general[" in line]
+
+
+@pytest.mark.parametrize("at_once", [4, 1], ids=["batch at once", "image by image"])
+@pytest.mark.parametrize("padding", AROUND)
+@pytest.mark.parametrize("shape", [(7, 9), (8, 6), (3, 4)])
+def test_tiles_have_the_values_and_derivatives_of_xla(shape, padding, at_once, always_tiles, monkeypatch):
+    random = np.random.RandomState(0)
+    values, tangents = ([jnp.asarray(random.randn(*shape), jnp.float32) for shape in ((4, *shape, 3), (3, 3, 3, 5))] for _ in range(2))
+
+    def plain(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), AROUND[padding], dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def tiles(x, kernel):
+        return convolve(x, kernel, (1, 1), AROUND[padding])
+
+    outputs = jax.eval_shape(plain, *values).shape
+    slope = jnp.asarray(random.randn(*outputs), jnp.float32)
+    monkeypatch.setattr(conv, "TILES", at_once * 16 * 4 * 3 * -(-outputs[1] // 2) * -(-outputs[2] // 2))
+    assert products(tiles, *values) == 16 * [f"f32[{at_once * -(-outputs[1] // 2) * -(-outputs[2] // 2)},5]"]
+
+    @jax.jit
+    def both():
+        return [(*jax.jvp(form, values, tangents), jax.vjp(form, *values)[1](slope)) for form in (tiles, plain)]
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), *both())
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "strides", "dtype", "pay"),
+    [
+        ((32, 32, 32, 64), 64, (1, 1), "float32", True),
+        ((32, 4, 4, 512), 512, (1, 1), "float32", True),
+        ((1, 32, 32, 64), 64, (1, 1), "float32", False),  # the products are small
+        ((8, 4, 4, 512), 512, (1, 1), "float32", False),  # the transformed kernel is larger than what it is multiplied with
+        ((32, 5, 5, 512), 512, (1, 1), "float32", False),  # tiles of 6 x 6 for outputs of 5 x 5
+        ((32, 32, 32, 16), 64, (1, 1), "float32", False),
+        ((32, 32, 32, 64), 64, (2, 2), "float32", False),
+        ((32, 32, 32, 64), 64, (1, 1), "bfloat16", False),
+    ],
+)
+def test_tiles_are_taken_where_they_are_faster(shape, channels, strides, dtype, pay):
+    x, kernel = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((3, 3, shape[-1], channels), dtype)
+    found = products(lambda x, kernel: convolve(x, kernel, strides, ((1, 1), (1, 1))), x, kernel)
+    assert (len(found) == 16) == pay
+
+
+def test_a_convolution_counts_in_full_however_it_is_computed():
+    x, kernel = jax.ShapeDtypeStruct((256, 8, 8, 64), "float32"), jax.ShapeDtypeStruct((3, 3, 64, 64), "float32")
+
+    @jax.jit  # what it was traced to before, for another purpose, must not be counted
+    def form(x, kernel):
+        return convolve(x, kernel, (1, 1), ((1, 1), (1, 1)))
+
+    assert len(products(form, x, kernel)) == 16
+    formula = 2 * 256 * 8 * 8 * 64 * 9 * 64
+    assert cost(form, x, kernel) == (formula, True)
+    assert cost(form, x, kernel, as_written=True) == (formula * 16 // 36, True)
+    assert len(products(form, x, kernel)) == 16
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_in_bfloat16_a_sum_is_rounded_once(channels):
     random = np.random.RandomState(0)
@@ -129,8 +200,12 @@ def test_windows_of_a_large_batch_are_read_in_pieces(rows, at_once, monkeypatch)
     assert ("scan" in text) == (rows > at_once)
 
 
-def test_a_batch_on_several_devices_is_not_cut(monkeypatch):
+@pytest.mark.parametrize("tiles", [False, True])
+def test_a_batch_on_several_devices_is_not_cut(tiles, request, monkeypatch):
+    if tiles:
+        request.getfixturevalue("always_tiles")
     monkeypatch.setattr(conv, "COLUMNS", 1)
+    monkeypatch.setattr(conv, "TILES", 1)
     monkeypatch.setattr(conv, "layout", lambda: "any")
     x, kernel = jnp.ones((4, 6, 6, 2)), jnp.ones((3, 3, 2, 4))
     text = str(jax.make_jaxpr(jax.grad(lambda kernel: convolve(x, kernel, (1, 1), ((0, 0), (0, 0))).sum()))(kernel))

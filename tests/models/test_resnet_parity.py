@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from research.core.tree import paths
+from research.layers import conv
 from research.losses.cross_entropy import cross_entropy
 
 
@@ -47,8 +48,10 @@ def named(tree):
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
-@pytest.mark.parametrize("stem", ["small", "imagenet"])
-def test_logits_gradients_and_statistics(configured, filled, stem):
+@pytest.mark.parametrize(("stem", "tiles"), [("small", False), ("small", True), ("imagenet", False)])
+def test_logits_gradients_and_statistics(configured, filled, stem, tiles, monkeypatch):
+    for name in ("SAVED", "CHANNELS", "PRODUCT", "ROWS") if tiles else ():  # so small a network would not take them by itself
+        monkeypatch.setattr(conv, name, 0)
     random = np.random.RandomState(0)
     x, label = random.randn(4, 18, 18, 3).astype(np.float32), random.randint(0, 10, 4).astype(np.int32)
     module = configured("resnet18", blocks=[1, 1], channels=[4, 6], stem=stem)
