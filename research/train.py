@@ -261,7 +261,8 @@ class Training:
 
     def _loader(self, source: Source) -> Loader:
         i, n = self._parallel.share
-        return Loader(source, self.config.data.batch, seed=self.config.seed, shard=(i, n), parts=parts(self.config) // n)
+        config, cut = self.config, parts(self.config) // n
+        return Loader(source, config.data.batch, seed=config.seed, shard=(i, n), parts=cut, microbatches=config.train.accumulate)
 
     def _common_chunk(self, train: Source) -> int:
         """The steps that this run takes at once with others of its sweep; 1 where its data does not fit on the device."""

@@ -11,7 +11,8 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from research.core.types import Batch, Objective, Tree
 
-counting = jax.make_user_context(False)  # True: what is traced is only counted, so a layer whose fast form multiplies less takes the plain one
+FEWER = "fewer_products"  # a scope: what is computed inside takes fewer products than its formula has, except where `counting`
+counting = jax.make_user_context(False)  # True: the program that is traced is only counted, and such a layer takes the form of its formula
 _TRANSFORMS = ("checkpoint", "rematted_computation", "while", "body", "closed_call")  # words of a name stack that are no module's
 
 
@@ -72,9 +73,15 @@ def flops_per_example(objective: Objective, model: tuple[Tree, Tree, Tree, Any],
 
 def _program(function: Callable[..., Any], args: tuple[Any, ...], as_written: bool = False) -> Jaxpr:
     """What `function(*args)` computes, without what no result depends on."""
-    with counting(not as_written):
-        program = jax.make_jaxpr(function)(*args).jaxpr
+    program = jax.make_jaxpr(function)(*args).jaxpr
+    if not as_written and _has_fewer(program):  # else not traced again, by which all that JAX remembers of inner functions is lost
+        with counting(True):
+            program = jax.make_jaxpr(function)(*args).jaxpr
     return dce_jaxpr(program, [True] * len(program.outvars))[0]
+
+
+def _has_fewer(program: Jaxpr) -> bool:
+    return any(FEWER in str(equation.source_info.name_stack) or any(map(_has_fewer, jaxprs_in_params(equation.params))) for equation in program.eqns)
 
 
 def _add(program: Jaxpr, above: str, times: int, found: dict[str, int]) -> None:

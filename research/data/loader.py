@@ -26,9 +26,11 @@ class Loader:
     Args:    source: the split.
              batch: examples per optimizer update over all shards, or "all": the whole split.
              seed: of the order; the same seed gives the same batches on any machine and for any number of threads or shards.
-             shuffle: a new order in each epoch; False: one pass in the order of the source, in which overlapping examples are laid side by side.
+             shuffle: a new order in each epoch; one for all where every batch is the same whole split in one microbatch.
+             False: one pass in the order of the source, in which overlapping examples are laid side by side.
              shard: (i, n): only the i-th of n equal parts of every batch.
              parts: what "all" is rounded up to a multiple of, for devices and microbatches of one size.
+             microbatches: that a batch is cut into, which a batch norm normalises each by itself.
              threads: of Grain that prepare batches; 0: none; None: by how long a batch takes.
     Raises:  ConfigError: a batch that is no count or that n does not divide.  DataError: an empty split.
     """
@@ -42,6 +44,7 @@ class Loader:
         shuffle: bool = True,
         shard: tuple[int, int] = (0, 1),
         parts: int = 1,
+        microbatches: int = 1,
         threads: int | None = None,
     ):
         source = source if shuffle else getattr(source, "whole", source)
@@ -54,6 +57,7 @@ class Loader:
         if seed < 0:
             raise ConfigError(f"seed={seed}: the seed of the order must be 0 or more")
         self.batch = _batch(batch, self.examples, shard[1], parts)
+        self._new_order = shuffle and not (len(self) == microbatches == 1 and self.examples == len(source))
         self._full = np.ones(self.batch // shard[1], bool)  # the same for each batch: a small one takes 50 microseconds in all
         self._full.flags.writeable = False
 
@@ -66,7 +70,7 @@ class Loader:
         if step < 0:
             raise IndexError(f"step {step}: steps count from 0")
         epoch, place = divmod(step, len(self))
-        order = plan(self._seed, epoch if self._shuffle else 0, len(self._source), self._shuffle, self.examples)
+        order = plan(self._seed, epoch if self._new_order else 0, len(self._source), self._shuffle, self.examples)
         return order[place * self.batch : (place + 1) * self.batch]
 
     def __getitem__(self, step: int) -> dict[str, Any]:

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from research.core.axis import layout
-from research.core.cost import counting
+from research.core.cost import FEWER, counting
 
 COLUMNS = 1 << 22  # bytes that the windows of one piece of a batch may take on CPU: they stay in its cache; no more are kept for the gradient
-TILES = 1 << 25  # bytes that the tiles of one piece may take
+TILES = 1 << 24  # bytes that the tiles of one piece may take
 SAVED, CHANNELS, PRODUCT, ROWS = 1.7, 32, 1 << 23, 0.25  # from here on tiles pay: products saved, channels, work of a product, its rows / channels
+PIECES = 8  # of so many pieces at most the rows count together
 
 Pair = tuple[int, int]
 
@@ -71,7 +72,8 @@ def convolve(x: Float[Array, "b y x c"], kernel: Float[Array, "k k2 c d"], strid
     if jax.default_backend() != "cpu":
         return _convolve(x, kernel, strides, padding)
     if _tiles_pay(x, kernel, strides, padding) and not counting.value:
-        return _by_tiles(x, kernel, padding)
+        with jax.named_scope(FEWER):
+            return _by_tiles(x, kernel, padding)
     return (_by_windows if x.shape[-1] > 1 else _by_pixels)(x, kernel, strides, padding)
 
 
@@ -92,13 +94,18 @@ def _by_windows(x, kernel, strides, padding):
     return _in_pieces(read, x, size, max(COLUMNS, kernel.size * kernel.dtype.itemsize))  # each piece reads the kernel anew
 
 
-def _in_pieces(read, x, size, most, again=False):
-    """read(x) by as many rows at a time as divide the batch and fit into `most` bytes, each taking `size`; of no more is kept what was read.
+def _at_once(rows, size, most):
+    """The largest divisor of the batch that fits into `most` bytes, each row taking `size`."""
+    return max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * size <= most))
 
-    Args:    again: of the whole batch neither.
+
+def _in_pieces(read, x, size, most, keep=True):
+    """read(x), in pieces of the batch of at most `most` bytes, each row taking `size`; what was read is read again for the gradient.
+
+    Args:    keep: a batch of one piece keeps what was read.
     """
-    at_once = max(n for n in range(1, len(x) + 1) if len(x) % n == 0 and (n == 1 or n * size <= most))
-    if at_once == len(x) and not again:
+    at_once = _at_once(len(x), size, most)
+    if at_once == len(x) and keep:
         return read(x)
     if at_once == len(x) or layout() is not None:  # pieces of a batch that lies on several devices would have to be sent
         return jax.checkpoint(read)(x)
@@ -117,15 +124,23 @@ def _tiles_pay(x, kernel, strides, padding):
         return False
     (rows, columns), channels = _size(x, kernel, strides, padding), kernel.shape[2:]
     tiles = -(-rows // 2) * -(-columns // 2)
-    saved, count = 9 * rows * columns / (16 * tiles), len(x) * tiles
-    return saved >= SAVED and min(channels) >= CHANNELS and count * math.prod(channels) >= PRODUCT and count >= ROWS * max(channels)
+    if 9 * rows * columns < SAVED * 16 * tiles or min(channels) < CHANNELS or len(x) * tiles * math.prod(channels) < PRODUCT:
+        return False
+    together = min(PIECES * _at_once(len(x), _tile_bytes(x, tiles), TILES), len(x))  # each piece reads the kernel, 16 numbers for its 9, anew
+    return together * tiles >= ROWS * max(channels)
+
+
+def _tile_bytes(x, tiles):
+    """Of one row of the batch."""
+    return 16 * tiles * x.shape[-1] * x.dtype.itemsize
 
 
 def _by_tiles(x, kernel, padding):
     """Windows of 3 x 3 by Winograd's minimal filtering: a tile of 4 x 4 pixels gives 2 x 2 outputs with 16 products instead of 36.
 
     The tiles, which overlap by two, and the kernel are transformed by sums alone, so gradients are those of sums and of 16 matrix products. In
-    float32 the error is that of the windows' form, 1e-6 of the largest value; in bfloat16 it would not be.
+    float32 the error is that of the windows' form, 1e-6 of the largest value; in bfloat16 it would not be. Tiles, products and the slopes of both
+    take up to four times `TILES` for a moment, and each trial of a vmapped sweep its own.
 
     Source:  Lavin and Gray 2016, section 4.1, F(2 x 2, 3 x 3).
     """
@@ -143,7 +158,7 @@ def _by_tiles(x, kernel, padding):
         lines = [jnp.concatenate(pair, axis=-1).reshape(len(x), down, -1) for pair in zip(even, odd, strict=True)]
         return jnp.concatenate(lines, axis=-1).reshape(len(x), 2 * down, 2 * across, d)[:, : size[0], : size[1]]
 
-    return _in_pieces(read, x, 16 * down * across * c * x.dtype.itemsize, TILES, again=True)
+    return _in_pieces(read, x, _tile_bytes(x, down * across), TILES, keep=False)
 
 
 def _tile_sums(x, axis, count):

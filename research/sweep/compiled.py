@@ -286,8 +286,7 @@ def _fitting(assembly: Assembly, config: DictConfig) -> int:
     state, batch = abstract_state(assembly), config.data.batch
     each = 6 * Jit().bytes_per_device(state)  # before and after, each by itself and beside the others', gradients, and the update
     if isinstance(batch, int):
-        one, two = (residual_bytes(assembly.step.objective, state, None, abstract_batch(assembly.spec, n)) for n in (1, 2))
-        each += one + (two - one) * (batch // assembly.step.accumulate)
+        each += residual_bytes(assembly.step.objective, state, None, abstract_batch(assembly.spec, batch // assembly.step.accumulate))
     return max(int(SHARE * memory_bytes() / each), 1)
 
 

@@ -37,8 +37,10 @@ def preflight(assembly: Assembly, batch: int, memory: int | None = None) -> dict
     of_state, of_gradients, of_frozen = (parallel.bytes_per_device(tree) for tree in (state, state.params, frozen))
     layout = parallel.layout
     texts = 1 if layout is None else layout.parts("time")
-    fixed, each = _linear(residual_bytes(objective, state, frozen, abstract_batch(spec, rows)) for rows in (1, 2))
-    rows = batch // parallel.count // assembly.step.accumulate
+    rows = max(batch // parallel.count // assembly.step.accumulate, 1)
+    kept, twice = (residual_bytes(objective, state, frozen, abstract_batch(spec, n * rows)) for n in (1, 2))  # a form may depend on the size
+    each = (twice - kept) // rows
+    fixed = max(kept - each * rows, 0)
     limit = memory or memory_bytes()
     left = limit - of_state - of_gradients - of_frozen - fixed
     return {
@@ -126,12 +128,6 @@ def check_memory(value: Any) -> None:
     """
     if value is not None and (type(value) is not int or value < 1):
         raise ConfigError(f"memory={value!r}: must be a number of bytes, as 80_000_000_000, or null for what this machine has")
-
-
-def _linear(sizes: Any) -> tuple[int, int]:
-    """(what there is without any example, what each adds) of the bytes for one example and for two."""
-    one, two = sizes
-    return max(2 * one - two, 0), two - one
 
 
 def _bytes(leaf: Any) -> int:

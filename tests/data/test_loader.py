@@ -84,6 +84,20 @@ def test_the_whole_split_can_be_one_batch():
     assert sum(int(part[0]["mask"].sum()) for part in parts) == 23
 
 
+@pytest.mark.parametrize("batch", ["all", 64])
+def test_the_same_whole_split_again_keeps_its_order(batch):
+    def orders(source=SOURCE, **more):
+        return [Loader(source, batch, seed=1, **more).indices(epoch).tolist() for epoch in range(2)]
+
+    first, second = orders()
+    assert first == second != list(range(23))
+    first, second = orders(microbatches=2)  # a batch norm must not see the same parts for ever
+    assert first != second
+    assert sorted(first) == sorted(second)
+    first, second = orders(Windows(np.arange(40, dtype=np.int32), 4, overlap=True))  # ten of the windows that overlap
+    assert sorted(first) != sorted(second)
+
+
 def test_a_batch_larger_than_the_split_is_filled_up():
     batch = Loader(SOURCE, 64)[0]
     assert batch["mask"].sum() == 23

@@ -116,6 +116,9 @@ def test_tiles_have_the_values_and_derivatives_of_xla(shape, padding, at_once, a
         ((32, 4, 4, 512), 512, (1, 1), "float32", True),
         ((1, 32, 32, 64), 64, (1, 1), "float32", False),  # the products are small
         ((8, 4, 4, 512), 512, (1, 1), "float32", False),  # the transformed kernel is larger than what it is multiplied with
+        ((256, 4, 4, 512), 512, (1, 1), "float32", True),
+        ((257, 4, 4, 512), 512, (1, 1), "float32", False),  # no piece but a single image
+        ((263, 8, 8, 256), 256, (1, 1), "float32", True),
         ((32, 5, 5, 512), 512, (1, 1), "float32", False),  # tiles of 6 x 6 for outputs of 5 x 5
         ((32, 32, 32, 16), 64, (1, 1), "float32", False),
         ((32, 32, 32, 64), 64, (2, 2), "float32", False),
@@ -126,6 +129,12 @@ def test_tiles_are_taken_where_they_are_faster(shape, channels, strides, dtype, 
     x, kernel = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((3, 3, shape[-1], channels), dtype)
     found = products(lambda x, kernel: convolve(x, kernel, strides, ((1, 1), (1, 1))), x, kernel)
     assert (len(found) == 16) == pay
+
+
+def test_tiles_are_computed_again_for_the_gradient(always_tiles):
+    x, kernel = jnp.ones((2, 6, 6, 2)), jnp.ones((3, 3, 2, 4))
+    kept = jax.eval_shape(lambda x, kernel: jax.vjp(lambda *a: convolve(*a, (1, 1), ((1, 1), (1, 1))), x, kernel)[1], x, kernel)
+    assert sum(leaf.size for leaf in jax.tree.leaves(kept)) <= x.size + 16 * 2 * 4 + 36  # and not the tiles, 16 x 9 x 2 numbers of each image
 
 
 def test_a_convolution_counts_in_full_however_it_is_computed():

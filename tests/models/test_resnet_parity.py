@@ -52,6 +52,8 @@ def named(tree):
 def test_logits_gradients_and_statistics(configured, filled, stem, tiles, monkeypatch):
     for name in ("SAVED", "CHANNELS", "PRODUCT", "ROWS") if tiles else ():  # so small a network would not take them by itself
         monkeypatch.setattr(conv, name, 0)
+    taken, by_tiles = [], conv._by_tiles
+    monkeypatch.setattr(conv, "_by_tiles", lambda *args: taken.append(args) or by_tiles(*args))
     random = np.random.RandomState(0)
     x, label = random.randn(4, 18, 18, 3).astype(np.float32), random.randint(0, 10, 4).astype(np.int32)
     module = configured("resnet18", blocks=[1, 1], channels=[4, 6], stem=stem)
@@ -78,6 +80,7 @@ def test_logits_gradients_and_statistics(configured, filled, stem, tiles, monkey
         return jax.grad(loss, has_aux=True)(params), module.apply({"params": params, "batch_stats": stats}, jnp.asarray(x))[0]
 
     (gradient, (logits, stats)), frozen = step(variables["params"], variables["batch_stats"])
+    assert bool(taken) == tiles
     np.testing.assert_allclose(frozen, still, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(logits, want.detach(), rtol=1e-4, atol=1e-4)
     for name, value in named(gradient).items():

@@ -57,6 +57,16 @@ def test_what_fits_is_what_memory_leaves():
     assert cut["activation_bytes_per_device"] == pytest.approx(told["activation_bytes_per_device"] / 4, rel=0.1)
 
 
+def test_what_is_kept_is_that_of_the_batch_that_is_asked_for():
+    spec = {"outputs": 3, "fields": fields(image=((80, 80, 3), "float32"), label=((), "int32"))}
+    assembly = assembled(spec, "data=digits", "model=resnet18", "model.blocks=[1,1]", "model.channels=[8,16]", "train.steps=10")
+    told = preflight(assembly, 8)  # one image's windows are kept, those of several are read again
+    kept = residual_bytes(assembly.step.objective, abstract_state(assembly), None, abstract_batch(spec, 8))
+    assert told["activation_bytes_per_device"] == pytest.approx(kept, rel=0.01)
+    assert 0 < told["activation_bytes_per_example"] < kept / 4
+    assert 8 < told["largest_microbatch"] < told["memory_bytes"] / (80 * 80 * 8 * 4)
+
+
 @pytest.mark.parametrize("scan", [pytest.param("true", marks=pytest.mark.slow), "false"])
 def test_recomputing_keeps_one_vector_a_block_and_token(scan):
     def kept(rows, *more):

@@ -55,6 +55,16 @@ def test_anything_else_is_three_forward_passes():
     assert told == (3 * 2 * (16 * 8 + 8 * 3), "3 x 304 FLOPs of a forward pass")
 
 
+def test_tiles_of_a_convolution_save_the_step_what_the_model_has_to_compute():
+    spec = {"outputs": 3, "fields": fields(image=((8, 8, 32), "float32"), label=((), "int32"))}
+    sizes = ("model.channels=[32]", "model.pool=1", "model.padding=SAME", "train.steps=10")
+    assembly = assembled("data=digits", "model=cnn", *sizes, spec=spec)
+    kernel = 2 * 8 * 8 * 9 * 32 * 32
+    at_first = 2  # its output and its own gradient; the image needs none
+    written, needed = step_flops(assembly, 512).flops, 512 * model_flops(assembly).flops
+    assert needed - 512 * kernel - written == 512 * at_first * (kernel - kernel * 16 // 36)
+
+
 def test_a_peak_is_measured_or_named(monkeypatch):
     monkeypatch.setattr(utilisation, "SIZES", {"cpu": (64, 128)})
     monkeypatch.setattr(utilisation, "PATIENCE", 0.05)
