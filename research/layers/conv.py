@@ -212,15 +212,13 @@ _by_pixels.defvjp(_forward, _backward)
 def max_pool(x: Float[Array, "b y x c"], size: int) -> Float[Array, "b y2 x2 c"]:
     """The largest value of each window of size x size; rows and columns that fill no window are dropped.
 
-    Windows do not overlap, so this is a reshape and maxima of two, over rows and then over columns. They melt into what comes before them, and on
-    CPU their gradient takes a third of the time of that of a maximum over an axis, which is much faster than that of `reduce_window`. Equal
-    maxima share the gradient, half and half in each maximum of two.
+    Windows do not overlap, so this is a reshape and a maximum, whose gradient on CPU is much faster than that of `reduce_window`. Equal maxima
+    share the gradient. Maxima of two, row by row, are no faster in a whole step, and wrong: XLA computes what is compared anew in every piece of
+    program, each time rounded in another way, so that the shares of equal pixels, as of a background, do not add up to the gradient.
     """
     b, rows, columns, c = x.shape
     rows, columns = rows // size, columns // size
-    windows = x[:, : rows * size, : columns * size].reshape(b, rows, size, columns, size, c)
-    over_rows = functools.reduce(jnp.maximum, (windows[:, :, i] for i in range(size)))
-    return functools.reduce(jnp.maximum, (over_rows[:, :, :, i] for i in range(size)))
+    return x[:, : rows * size, : columns * size].reshape(b, rows, size, columns, size, c).max((2, 4))
 
 
 def overlapping_max_pool(x: Float[Array, "b y x c"], size: int, stride: int) -> Float[Array, "b y2 x2 c"]:

@@ -24,7 +24,7 @@ def test_max_pool_equals_reduce_window(size, shape):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
 
 
-@pytest.mark.parametrize(("window", "shares"), [([[1, 1], [1, 1]], [[0.25, 0.25], [0.25, 0.25]]), ([[1, 1], [1, 0]], [[0.25, 0.5], [0.25, 0]])])
+@pytest.mark.parametrize(("window", "shares"), [([[1, 1], [1, 1]], [[0.25, 0.25], [0.25, 0.25]]), ([[1, 1], [1, 0]], [[1 / 3, 1 / 3], [1 / 3, 0]])])
 def test_equal_maxima_share_the_gradient(window, shares):
     x, want = (jnp.asarray(values, jnp.float32).reshape(1, 2, 2, 1) for values in (window, shares))
     np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: max_pool(x, 2).sum()))(x), want)

@@ -22,7 +22,8 @@ from research.training.parallel import Jit, Pmap, Sharded
 TEXT = {"fields": fields(mask=(32,), tokens=((32,), "int32"), target=((32,), "int32"))}
 ROWS = {"fields": fields(features=((16,), "float32"), label=((), "int32"))}
 QUIET = ("logger.figures=false", "logger.tensorboard=false", "logger.sample=false", "train.log_every=10")
-DIGITS = ("experiment=digits_cnn", "model.norm=batch", "train.epochs=null", "train.steps=40", "train.eval_every=20", "data.batch=64", *QUIET)
+SMOOTH = ("model.activation=gelu", "model.pool=1")  # behind a kink of a ReLU or of a maximum a rounding error grows into another run
+DIGITS = ("experiment=digits_cnn", "model.norm=batch", *SMOOTH, "train.epochs=null", "train.steps=40", "train.eval_every=20", "data.batch=64", *QUIET)
 LAYOUTS = {
     "data": ({"data": 8},),
     "fsdp": ({"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 4}),
