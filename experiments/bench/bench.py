@@ -28,7 +28,7 @@ DEVICES = (1, 2, 4, 8)
 COLD, WARM = 15.0, 5.0  # seconds from the command to the first step of the quickstart
 _STARTS = (("cold_s", "with no program kept", COLD), ("warm_s", "with the programs of the run before", WARM))
 BUSY = 0.1  # as in research.benchmark
-SECONDS = 4.0  # that a point of `context` is timed for, and at least FEWEST steps
+SECONDS = 20.0  # that a point of `context` is timed for, and at least FEWEST steps: a shared machine is slow for seconds at a time
 FEWEST = 3
 
 
@@ -257,9 +257,11 @@ def context_point(context: int) -> None:
     import jax
     import numpy as np
 
+    from research.core.memory import keep_freed_memory
     from research.training.preflight import abstract_state, residual_bytes
     from research.training.utilisation import model_flops
 
+    keep_freed_memory()  # as in training
     rows = TOKENS // context
     assembly = _assembled(context, "model.positions=rotary", f"data.batch={rows}")
     shapes = {name: jax.ShapeDtypeStruct((rows, context), kind) for name, kind in (("tokens", "int32"), ("target", "int32"), ("mask", "bool"))}

@@ -14,9 +14,10 @@ from research.core.errors import ConfigError
 from research.layers.ring import MASKED, meshed_attention
 
 FORMS = ("auto", "reference", "blockwise", "cudnn", "splash")
-BLOCK = 64  # queries that share one span of keys on CPU, in texts of usual length; keys beyond the span are never multiplied
-SPANS = 16  # most spans: each is a piece of program of its own
+BLOCK = 64  # queries on CPU that share one span of keys, in texts of usual length; keys beyond the span are never multiplied
+SPANS = 8  # most spans: each is a piece of program of its own
 KEPT = 512  # up to so many positions the weights of every span are kept for the backward pass; beyond, they are computed again
+LONG = 128  # `BLOCK` beyond `KEPT` positions
 _TILE = 128  # lanes of a TPU: positions come in multiples of it
 
 
@@ -54,8 +55,11 @@ def blockwise_attention(query: Float[Array, "b h t k"], key: Float[Array, "b g t
     XLA's CPU code is fast with the scale on the query, an additive mask, and a backward pass written by hand. That has no forward-mode
     derivative; gradients have one.
 
-    Memory grows with b x t, not with t x t: beyond `KEPT` positions weights are not kept, but computed again in the backward pass, a block of
-    queries at a time. A long span is a loop over its blocks: XLA's scheduler for CPU holds the weights of many pieces of program at once.
+    Memory grows with b x t, not with t x t: beyond `KEPT` positions no weights are kept, but the logarithm of their sum for each query, from which
+    the backward pass computes them again, a block of queries at a time. A long span is a loop over its blocks: XLA's scheduler for CPU holds the
+    weights of many pieces of program at once.
+
+    Source:  keeping the logarithms of sums: Dao et al. 2022 (FlashAttention).
     """
     (b, h, t, k), g = query.shape, key.shape[1]
     query = (query * k**-0.5).reshape(b, g, h // g, t, k)
@@ -67,7 +71,8 @@ def blockwise_attention(query: Float[Array, "b h t k"], key: Float[Array, "b g t
 
 def span(time: int) -> int:
     """Queries that share one span of keys in a text of this length: few, so that few masked keys are multiplied, but not more than `SPANS` spans."""
-    return max(BLOCK, -(-time // (SPANS * BLOCK)) * BLOCK)
+    block = BLOCK if time <= KEPT else LONG
+    return max(block, -(-time // (SPANS * block)) * block)
 
 
 def splash_attention(
@@ -100,28 +105,33 @@ def weighted_values(weights: Float[Array, "b h t s"], value: Float[Array, "b g s
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value)
 
 
+def _span(query, key, value, start):
+    """What n positions of a text read, from the start-th on: query b g h/g n k, key and value b g s k, those of the first s positions."""
+    return _read(_rows(query), key, value, _mask(query, key, start)).reshape(query.shape)
+
+
 def _blocks(query, key, value, start):
-    """As `_span`, in blocks of `BLOCK` queries one after the other, whose weights are computed again in the backward pass."""
-    read, count = jax.checkpoint(_span), query.shape[3] // BLOCK
-    if count < 2:
-        return read(query, key, value, start)
-    *lead, n, k = query.shape
-    whole = jnp.moveaxis(query[..., : count * BLOCK, :].reshape(*lead, count, BLOCK, k), -3, 0)  # one block after the other
-    starts = start + BLOCK * jnp.arange(count, dtype=jnp.int32)
-    blocks = jax.lax.map(lambda at: read(at[0], key, value, at[1]), (whole, starts))
-    parts = [jnp.moveaxis(blocks, 0, -3).reshape(*lead, count * BLOCK, k)]
-    if n > count * BLOCK:
-        parts.append(read(query[..., count * BLOCK :, :], key, value, start + count * BLOCK))
+    """As `_span`, in blocks of queries one after the other, whose weights are computed again in the backward pass."""
+    (*lead, n, k), parts = query.shape, []
+    whole = n - n % LONG
+    for first, last, size in ((0, whole, LONG), (whole, n, n - whole)):
+        if first < last:
+            blocks = jnp.moveaxis(query[..., first:last, :].reshape(*lead, -1, size, k), -3, 0)  # one block after the other
+            starts = start + first + size * jnp.arange(len(blocks), dtype=jnp.int32)
+            parts.append(jnp.moveaxis(_read_again(blocks, key, value, starts), 0, -3).reshape(*lead, last - first, k))
     return jnp.concatenate(parts, axis=-2)
 
 
-def _span(query, key, value, start):
-    """What n positions of a text read, from the start-th on: query b g h/g n k, key and value b g s k, those of the first s positions."""
-    (b, g, shared, n, k), s = query.shape, key.shape[2]
-    rows = query.reshape(b, g, shared * n, k)  # one product serves all queries of a key head
+def _rows(query):
+    """One product serves all queries of a key head: b g h/g n k -> b g (h/g n) k."""
+    return query.reshape(*query.shape[:2], -1, query.shape[-1])
+
+
+def _mask(query, key, start):
+    """What is added to the scores of such rows."""
+    shared, n, s = *query.shape[2:4], key.shape[2]
     causal = jnp.arange(s, dtype=jnp.int32)[None] <= start + jnp.arange(n, dtype=jnp.int32)[:, None]  # n s
-    mask = jnp.tile(jnp.where(causal, 0.0, MASKED), (shared, 1))[None, None]
-    return _read(rows, key, value, mask).reshape(query.shape)
+    return jnp.tile(jnp.where(causal, 0.0, MASKED), (shared, 1))[None, None]
 
 
 @jax.custom_vjp
@@ -131,7 +141,7 @@ def _read(rows, key, value, mask):
 
 
 def _read_forward(rows, key, value, mask):
-    scores = jnp.einsum("bgnk,bgsk->bgns", rows, key, preferred_element_type=jnp.float32) + mask
+    scores = _scores(rows, key, mask)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     weights = (weights / weights.sum(-1, keepdims=True)).astype(value.dtype)
     read = jnp.einsum("bgns,bgsk->bgnk", weights, value)
@@ -140,15 +150,74 @@ def _read_forward(rows, key, value, mask):
 
 def _read_backward(kept, slope):
     rows, key, value, weights, read = kept
-    slope_weights = jnp.einsum("bgnk,bgsk->bgns", slope, value, preferred_element_type=jnp.float32)
-    mean = (slope * read).astype(jnp.float32).sum(-1, keepdims=True)  # of the slopes, by the weights: a sum over k instead of over s
-    slope_scores = (weights.astype(jnp.float32) * (slope_weights - mean)).astype(rows.dtype)
+    slope_scores = _slope_scores(weights, slope, value, _mean(slope, read)).astype(rows.dtype)
     slope_rows = jnp.einsum("bgns,bgsk->bgnk", slope_scores, key)
     slope_key = jnp.einsum("bgns,bgnk->bgsk", slope_scores, rows)
     return slope_rows, slope_key, jnp.einsum("bgns,bgnk->bgsk", weights, slope), None
 
 
+@jax.custom_vjp
+def _read_again(query, key, value, starts):
+    """As `_read`, for one block of queries after the other, of which no weights are kept: query c b g h/g n k, key and value b g s k, starts c."""
+    return _read_again_forward(query, key, value, starts)[0]
+
+
+def _read_again_forward(query, key, value, starts):
+    def block(at):
+        query, start = at
+        scores = _scores(_rows(query), key, _mask(query, key, start))
+        top = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = weights.sum(-1, keepdims=True)
+        read = jnp.einsum("bgns,bgsk->bgnk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32) / total
+        return read.astype(value.dtype).reshape(query.shape), top + jnp.log(total)
+
+    read, logarithm = jax.lax.map(block, (query, starts))
+    return read, (query, key, value, starts, read, logarithm)
+
+
+def _read_again_backward(kept, slope):
+    query, key, value, starts, read, logarithm = kept
+
+    def block(sums, at):
+        query, start, slope, read, logarithm = at
+        rows, slope, mean = _rows(query), _rows(slope), _mean(_rows(slope), _rows(read))
+        weights = jnp.exp(_scores(rows, key, _mask(query, key, start)) - logarithm)
+        slope_scores = _slope_scores(weights, slope, value, mean).astype(rows.dtype)
+        slope_query = jnp.einsum("bgns,bgsk->bgnk", slope_scores, key).reshape(query.shape)
+        return (sums[0] + _columns(slope_scores, rows), sums[1] + _columns(weights.astype(value.dtype), slope)), slope_query
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (key, value))
+    (slope_key, slope_value), slope_query = jax.lax.scan(block, zeros, (query, starts, slope, read, logarithm))
+    return slope_query, slope_key.astype(key.dtype), slope_value.astype(value.dtype), None
+
+
+def _scores(rows, key, mask):
+    return jnp.einsum("bgnk,bgsk->bgns", rows, key, preferred_element_type=jnp.float32) + mask
+
+
+def _mean(slope, read):
+    """Of the slopes of a row's weights, by the weights: a sum over k instead of over s."""
+    return (slope * read).astype(jnp.float32).sum(-1, keepdims=True)
+
+
+def _slope_scores(weights, slope, value, mean):
+    slope_weights = jnp.einsum("bgnk,bgsk->bgns", slope, value, preferred_element_type=jnp.float32)
+    return weights.astype(jnp.float32) * (slope_weights - mean)
+
+
+def _columns(weights, rows):
+    """Rows summed with the weights of each key, b g n s and b g n k -> b g s k.
+
+    As a product k x n times n x s, between barriers: XLA's CPU code for a sum over the first axis of both is up to five times slower where heads
+    are narrow, and without barriers the compiler goes back to it.
+    """
+    sums = jnp.einsum("bgkn,bgns->bgks", jax.lax.optimization_barrier(rows.swapaxes(-1, -2)), weights, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(sums).swapaxes(-1, -2)
+
+
 _read.defvjp(_read_forward, _read_backward)
+_read_again.defvjp(_read_again_forward, _read_again_backward)
 
 
 def _dot_product(query, key, value, implementation=None):

@@ -10,7 +10,17 @@ import pytest
 
 from research.core.errors import ConfigError
 from research.layers import causal
-from research.layers.causal import BLOCK, KEPT, attention_weights, blockwise_attention, causal_attention, reference_attention, span, splash_attention
+from research.layers.causal import (
+    BLOCK,
+    KEPT,
+    LONG,
+    attention_weights,
+    blockwise_attention,
+    causal_attention,
+    reference_attention,
+    span,
+    splash_attention,
+)
 
 RANDOM = np.random.RandomState(0)
 
@@ -44,7 +54,7 @@ def test_blockwise(t, g):
     assert_equal_in_value_and_gradient(blockwise_attention, heads(t, g=g), 3e-5)
 
 
-@pytest.mark.parametrize("t", [KEPT + 3, 11 * 192 + 2 * BLOCK + 12])  # the second: spans of three blocks; the last one of two, and a rest
+@pytest.mark.parametrize("t", [KEPT + 3, 11 * LONG + LONG // 2])  # the second: spans of two blocks; the last one of one, and a rest
 def test_blockwise_where_weights_are_computed_again(t):
     assert_equal_in_value_and_gradient(blockwise_attention, heads(t, h=2, g=1, k=2), 1e-4)
 
@@ -75,7 +85,7 @@ def test_weights_are_a_distribution_over_what_the_mask_allows():
 
 
 def test_a_span_grows_only_when_there_would_be_too_many():
-    assert [span(t) for t in (1, 64, 1024, 1025, 8192)] == [64, 64, 64, 128, 512]
+    assert [span(t) for t in (1, 64, 512, 513, 1024, 1025, 8192)] == [64, 64, 64, 128, 128, 256, 1024]
 
 
 @pytest.mark.slow
