@@ -24,10 +24,16 @@ def test_max_pool_equals_reduce_window(size, shape):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
 
 
-@pytest.mark.parametrize(("window", "shares"), [([[1, 1], [1, 1]], [[0.25, 0.25], [0.25, 0.25]]), ([[1, 1], [1, 0]], [[1 / 3, 1 / 3], [1 / 3, 0]])])
-def test_equal_maxima_share_the_gradient(window, shares):
-    x, want = (jnp.asarray(values, jnp.float32).reshape(1, 2, 2, 1) for values in (window, shares))
+@pytest.mark.parametrize(("window", "winner"), [([[1, 1], [1, 1]], [[1, 0], [0, 0]]), ([[0, 1], [1, 1]], [[0, 1], [0, 0]])])
+def test_the_first_of_equal_maxima_takes_the_gradient(window, winner):
+    x, want = (jnp.asarray(values, jnp.float32).reshape(1, 2, 2, 1) for values in (window, winner))
     np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: max_pool(x, 2).sum()))(x), want)
+    np.testing.assert_array_equal(jax.jit(jax.jacfwd(lambda x: max_pool(x, 2).sum()))(x), want)
+
+
+def test_the_largest_of_a_window_with_nan_is_nan():
+    windows = jnp.asarray([[1, jnp.nan, 2, 3], [jnp.nan, 1, 2, 3], [1, 2, 3, jnp.nan]], jnp.float32).reshape(3, 2, 2, 1)
+    assert np.isnan(max_pool(windows, 2)).all()
 
 
 @pytest.mark.parametrize(("padding", "side"), [("VALID", 4), ("SAME", 6)])

@@ -1,11 +1,18 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from omegaconf import open_dict
 
+from research import compose
 from research.core.errors import ConfigError
-from research.core.tree import count
+from research.core.tree import count, paths
+from research.data.dataset import open_data
+from research.data.loader import Loader
+from research.models import cnn
 from research.models.cnn import CNN
+from research.training.assembly import assemble
 
 
 @pytest.mark.parametrize(
@@ -67,3 +74,24 @@ def test_batch_statistics_leave_padding_out(configured, filled, image, run):
     want, _ = run(module, variables, image, mask=mask[:4], train=True, mutable=("batch_stats",))
     got, _ = run(module, variables, padded, mask=mask, train=True, mutable=("batch_stats",))
     np.testing.assert_allclose(got[:4], want, atol=1e-4)
+
+
+def test_the_gradient_of_a_pool_survives_what_the_compiler_computes_anew(monkeypatch):
+    """A whole step on digits, whose plain ground is made of equal maxima, compiled so that its parts round differently, beside Flax's pool."""
+    config = compose(["experiment=digits_cnn"])
+    dataset = open_data(config.data)
+    with open_dict(config):
+        config.data.spec = dict(dataset.spec)
+    loader = Loader(dataset.split("train"), config.data.batch, seed=config.seed)
+
+    def moments():
+        assembly = assemble(config, batches=len(loader))
+        program = jax.jit(assembly.step.__call__).lower(state := assembly.state(), None, loader[0])
+        after, _ = program.compile(compiler_options={"xla_backend_optimization_level": 0})(state, None, loader[0])
+        return {path: leaf for path, leaf in paths(after.opt).items() if "mu" in path}
+
+    ours = moments()
+    monkeypatch.setattr(cnn, "max_pool", lambda x, size: nn.max_pool(x, (size, size), (size, size)))
+    theirs = moments()
+    assert len(ours) > 10
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), ours, theirs)

@@ -2,9 +2,7 @@
 
     PYTHONPATH=FOLDER_OF_CAPTUM python tests/peers/explain_captum.py RUN [--root DATA] [--rows 32 64 128 256 512 1024] [--repeats 5]
 
-Prints the median of each, their ratio, and how far the two attributions differ. Captum gets the number of rows a call that suits it best. Where
-equal values meet in a max-pool, as they do on a digit's plain ground, torch gives the gradient to the first and this project shares it, as
-`amax` does: the difference is taken with that in the place of torch's pool.
+Prints the median of each, their ratio, and how far the two attributions differ. Captum gets the number of rows a call that suits it best.
 """
 
 import argparse
@@ -28,20 +26,8 @@ from research.run import Run
 BAR = 10.0  # seconds, on two cores
 
 
-class SharedPool(torch.nn.Module):
-    """A max-pool whose equal maxima share the gradient."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.size = size
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        size, (y, x_) = self.size, (length // self.size for length in x.shape[2:])
-        return x[:, :, : y * size, : x_ * size].unflatten(3, (x_, size)).unflatten(2, (y, size)).amax((3, 5))
-
-
-def peer(model: Model, shared: bool = False) -> torch.nn.Module:
-    """The run's network in torch, with its weights; shared: with pools that share."""
+def peer(model: Model) -> torch.nn.Module:
+    """The run's network in torch, with its weights."""
     module = model.objective.module  # type: ignore[attr-defined]  # an mnist_cnn run's objective has one
     made = network(list(model.spec["image"]), list(module.channels), module.kernel, list(module.pool), list(module.hidden), module.outputs)
     layers = [layer for layer in made if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]
@@ -53,8 +39,6 @@ def peer(model: Model, shared: bool = False) -> torch.nn.Module:
             kernel = kernel.transpose(1, 0, 2).reshape(-1, kernel.shape[2])
         layer.weight.data = torch.tensor(np.ascontiguousarray(kernel.T if kernel.ndim == 2 else kernel.transpose(3, 2, 0, 1)))
         layer.bias.data = torch.tensor(bias)  # type: ignore[union-attr]  # each layer here has one
-    if shared:
-        made = torch.nn.Sequential(*(SharedPool(int(layer.kernel_size)) if isinstance(layer, torch.nn.MaxPool2d) else layer for layer in made))
     return made.eval()
 
 
@@ -107,7 +91,7 @@ def main() -> int:
     for name, layout in layouts.items():
         programs |= {f"Captum, {rows} rows{name}": captum(peer(model), given, rows, layout) for rows in args.captum_rows}
     few = examples(model, {"image": images[:16], "mask": np.ones(len(images[:16]), bool)})
-    first, other = ours(model, few, 256)(), captum(peer(model, shared=True), few, 256, torch.contiguous_format)()
+    first, other = ours(model, few, 256)(), captum(peer(model), few, 256, torch.contiguous_format)()
     median = timed(programs, args.repeats)
     best = min(seconds for name, seconds in median.items() if name.startswith("Captum"))
     table = Table("integrated gradients", "median s", "of Captum's best", box=None, header_style="bold", pad_edge=False)
