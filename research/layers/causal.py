@@ -17,7 +17,7 @@ FORMS = ("auto", "reference", "blockwise", "cudnn", "splash")
 BLOCK = 64  # queries on CPU that share one span of keys, in texts of usual length; keys beyond the span are never multiplied
 SPANS = 8  # most spans: each is a piece of program of its own
 KEPT = 512  # up to so many positions the weights of every span are kept for the backward pass; beyond, they are computed again
-LONG = 128  # `BLOCK` beyond `KEPT` positions
+LONG_BLOCK = 128  # `BLOCK` beyond `KEPT` positions, and the queries of one turn of the loop over a span
 _TILE = 128  # lanes of a TPU: positions come in multiples of it
 
 
@@ -55,11 +55,11 @@ def blockwise_attention(query: Float[Array, "b h t k"], key: Float[Array, "b g t
     XLA's CPU code is fast with the scale on the query, an additive mask, and a backward pass written by hand. That has no forward-mode
     derivative; gradients have one.
 
-    Memory grows with b x t, not with t x t: beyond `KEPT` positions no weights are kept, but the logarithm of their sum for each query, from which
-    the backward pass computes them again, a block of queries at a time. A long span is a loop over its blocks: XLA's scheduler for CPU holds the
-    weights of many pieces of program at once.
+    Memory grows with b x t, not with t x t: beyond `KEPT` positions no weights are kept, but each query's largest score and the sum of its
+    weights, from which the backward pass computes them again, a block of queries at a time. A long span is a loop over its blocks: XLA's
+    scheduler for CPU holds the weights of many pieces of program at once.
 
-    Source:  keeping the logarithms of sums: Dao et al. 2022 (FlashAttention).
+    Source:  keeping largest scores and sums: Dao et al. 2022 (FlashAttention).
     """
     (b, h, t, k), g = query.shape, key.shape[1]
     query = (query * k**-0.5).reshape(b, g, h // g, t, k)
@@ -71,7 +71,7 @@ def blockwise_attention(query: Float[Array, "b h t k"], key: Float[Array, "b g t
 
 def span(time: int) -> int:
     """Queries that share one span of keys in a text of this length: few, so that few masked keys are multiplied, but not more than `SPANS` spans."""
-    block = BLOCK if time <= KEPT else LONG
+    block = BLOCK if time <= KEPT else LONG_BLOCK
     return max(block, -(-time // (SPANS * block)) * block)
 
 
@@ -113,12 +113,12 @@ def _span(query, key, value, start):
 def _blocks(query, key, value, start):
     """As `_span`, in blocks of queries one after the other, whose weights are computed again in the backward pass."""
     (*lead, n, k), parts = query.shape, []
-    whole = n - n % LONG
-    for first, last, size in ((0, whole, LONG), (whole, n, n - whole)):
+    whole = n - n % LONG_BLOCK
+    for first, last, size in ((0, whole, LONG_BLOCK), (whole, n, n - whole)):
         if first < last:
             blocks = jnp.moveaxis(query[..., first:last, :].reshape(*lead, -1, size, k), -3, 0)  # one block after the other
             starts = start + first + size * jnp.arange(len(blocks), dtype=jnp.int32)
-            parts.append(jnp.moveaxis(_read_again(blocks, key, value, starts), 0, -3).reshape(*lead, last - first, k))
+            parts.append(jnp.moveaxis(_read_recomputed(blocks, key, value, starts), 0, -3).reshape(*lead, last - first, k))
     return jnp.concatenate(parts, axis=-2)
 
 
@@ -157,12 +157,12 @@ def _read_backward(kept, slope):
 
 
 @jax.custom_vjp
-def _read_again(query, key, value, starts):
+def _read_recomputed(query, key, value, starts):
     """As `_read`, for one block of queries after the other, of which no weights are kept: query c b g h/g n k, key and value b g s k, starts c."""
-    return _read_again_forward(query, key, value, starts)[0]
+    return _read_recomputed_forward(query, key, value, starts)[0]
 
 
-def _read_again_forward(query, key, value, starts):
+def _read_recomputed_forward(query, key, value, starts):
     def block(at):
         query, start = at
         scores = _scores(_rows(query), key, _mask(query, key, start))
@@ -170,25 +170,25 @@ def _read_again_forward(query, key, value, starts):
         weights = jnp.exp(scores - top)
         total = weights.sum(-1, keepdims=True)
         read = jnp.einsum("bgns,bgsk->bgnk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32) / total
-        return read.astype(value.dtype).reshape(query.shape), top + jnp.log(total)
+        return read.astype(value.dtype).reshape(query.shape), top, total
 
-    read, logarithm = jax.lax.map(block, (query, starts))
-    return read, (query, key, value, starts, read, logarithm)
+    read, top, total = jax.lax.map(block, (query, starts))
+    return read, (query, key, value, starts, read, top, total)
 
 
-def _read_again_backward(kept, slope):
-    query, key, value, starts, read, logarithm = kept
+def _read_recomputed_backward(kept, slope):
+    query, key, value, starts, read, top, total = kept
 
     def block(sums, at):
-        query, start, slope, read, logarithm = at
+        query, start, slope, read, top, total = at
         rows, slope, mean = _rows(query), _rows(slope), _mean(_rows(slope), _rows(read))
-        weights = jnp.exp(_scores(rows, key, _mask(query, key, start)) - logarithm)
+        weights = jnp.exp(_scores(rows, key, _mask(query, key, start)) - top) / total
         slope_scores = _slope_scores(weights, slope, value, mean).astype(rows.dtype)
         slope_query = jnp.einsum("bgns,bgsk->bgnk", slope_scores, key).reshape(query.shape)
-        return (sums[0] + _columns(slope_scores, rows), sums[1] + _columns(weights.astype(value.dtype), slope)), slope_query
+        return (sums[0] + _sums(slope_scores, rows), sums[1] + _sums(weights.astype(value.dtype), slope)), slope_query
 
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (key, value))
-    (slope_key, slope_value), slope_query = jax.lax.scan(block, zeros, (query, starts, slope, read, logarithm))
+    zeros = tuple(jnp.zeros_like(x, jnp.float32) for x in (key, value))
+    (slope_key, slope_value), slope_query = jax.lax.scan(block, zeros, (query, starts, slope, read, top, total))
     return slope_query, slope_key.astype(key.dtype), slope_value.astype(value.dtype), None
 
 
@@ -206,7 +206,7 @@ def _slope_scores(weights, slope, value, mean):
     return weights.astype(jnp.float32) * (slope_weights - mean)
 
 
-def _columns(weights, rows):
+def _sums(weights, rows):
     """Rows summed with the weights of each key, b g n s and b g n k -> b g s k.
 
     As a product k x n times n x s, between barriers: XLA's CPU code for a sum over the first axis of both is up to five times slower where heads
@@ -217,7 +217,7 @@ def _columns(weights, rows):
 
 
 _read.defvjp(_read_forward, _read_backward)
-_read_again.defvjp(_read_again_forward, _read_again_backward)
+_read_recomputed.defvjp(_read_recomputed_forward, _read_recomputed_backward)
 
 
 def _dot_product(query, key, value, implementation=None):

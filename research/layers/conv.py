@@ -223,27 +223,31 @@ def max_pool(x: Float[Array, "b y x c"], size: int) -> Float[Array, "b y2 x2 c"]
 @jax.custom_jvp
 def _largest(windows):
     """Of each window, b y n x n c -> b y x c."""
-    return _winner(windows)[0]
+    return functools.reduce(jnp.maximum, _places(windows))
 
 
 @_largest.defjvp
 def _largest_forward(primals, tangents):
     (windows,), (moved,), size = primals, tangents, primals[0].shape[2]
-    largest, number = _winner(windows)
+    number = _winner(jax.lax.stop_gradient(windows))
     numbers = jnp.arange(size * size, dtype=jnp.int32).reshape(1, 1, size, 1, size, 1)
-    return largest, jnp.where(number[:, :, None, :, None] == numbers, moved, 0).sum((2, 4))
+    return _largest(windows), jnp.where(number[:, :, None, :, None] == numbers, moved, 0).sum((2, 4))
 
 
 def _winner(windows):
-    """(the largest value of each window, its number in the window, the first one's where several are equal)."""
-    size = windows.shape[2]
-    largest = windows[:, :, 0, :, 0]
+    """The number of the largest value in each window; the first one's where several are equal, the last one's where several are NaN."""
+    largest, *others = _places(windows)
     number = jnp.zeros(largest.shape, jnp.int32)
-    for i in range(1, size * size):
-        value = windows[:, :, i // size, :, i % size]
-        number = jnp.where(value > largest, jnp.int32(i), number)
+    for i, value in enumerate(others, 1):
+        number = jnp.where((value > largest) | jnp.isnan(value), jnp.int32(i), number)
         largest = jnp.maximum(largest, value)
-    return largest, number
+    return number
+
+
+def _places(windows):
+    """The values at each place of the windows, b y n x n c -> n * n of b y x c."""
+    size = windows.shape[2]
+    return [windows[:, :, i, :, j] for i in range(size) for j in range(size)]
 
 
 def overlapping_max_pool(x: Float[Array, "b y x c"], size: int, stride: int) -> Float[Array, "b y2 x2 c"]:

@@ -13,7 +13,7 @@ from research.layers import causal
 from research.layers.causal import (
     BLOCK,
     KEPT,
-    LONG,
+    LONG_BLOCK,
     attention_weights,
     blockwise_attention,
     causal_attention,
@@ -54,7 +54,7 @@ def test_blockwise(t, g):
     assert_equal_in_value_and_gradient(blockwise_attention, heads(t, g=g), 3e-5)
 
 
-@pytest.mark.parametrize("t", [KEPT + 3, 11 * LONG + LONG // 2])  # the second: spans of two blocks; the last one of one, and a rest
+@pytest.mark.parametrize("t", [KEPT + 3, 11 * LONG_BLOCK + LONG_BLOCK // 2])  # the second: spans of two blocks; the last one of one, and a rest
 def test_blockwise_where_weights_are_computed_again(t):
     assert_equal_in_value_and_gradient(blockwise_attention, heads(t, h=2, g=1, k=2), 1e-4)
 
@@ -69,11 +69,34 @@ def test_the_form_of_other_platforms(monkeypatch):
     assert_equal_in_value_and_gradient(causal_attention, heads(19), 3e-5)
 
 
-def test_scores_that_would_overflow_stay_finite():
-    query, key, value = heads(9)
+@pytest.mark.parametrize("t", [9, KEPT + 3])
+def test_scores_that_would_overflow_stay_finite(t):
+    query, key, value = heads(t)
     got, want = jax.jit(lambda *inputs: (blockwise_attention(*inputs), reference_attention(*inputs)))(query * 1e3, key * 1e3, value)
     assert np.isfinite(got).all()
     np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("t", [9, KEPT + 3])
+@pytest.mark.parametrize("score", [1e4, 1e8])
+def test_weights_sum_to_one_in_the_backward_pass_however_large_the_scores(t, score):
+    query, key, value = heads(t)
+    query, key = jnp.full_like(query, score), jnp.ones_like(key)  # equal keys
+    slope = jax.jit(jax.grad(lambda value: blockwise_attention(query, key, value).sum()))(value)
+    np.testing.assert_allclose(slope.sum(), query.size, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_a_gradient_where_weights_are_computed_again(dtype):
+    inputs = [x.astype(dtype) for x in heads(KEPT + 3, h=2, g=1, k=2)]
+
+    def curvature(form):
+        gradient = jax.grad(lambda query: jnp.square(form(query, *inputs[1:])).astype(jnp.float32).sum())
+        return gradient(inputs[0]), jax.grad(lambda query: jnp.square(gradient(query)).astype(jnp.float32).sum())(inputs[0])
+
+    for got, want in zip(*jax.jit(lambda: (curvature(blockwise_attention), curvature(reference_attention)))(), strict=True):
+        got, want = (np.asarray(x, np.float32) for x in (got, want))
+        np.testing.assert_allclose(got, want, atol=(1e-4 if dtype == "float32" else 0.1) * np.abs(want).max())
 
 
 def test_weights_are_a_distribution_over_what_the_mask_allows():

@@ -31,9 +31,18 @@ def test_the_first_of_equal_maxima_takes_the_gradient(window, winner):
     np.testing.assert_array_equal(jax.jit(jax.jacfwd(lambda x: max_pool(x, 2).sum()))(x), want)
 
 
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+def test_the_gradient_of_a_gradient_goes_there_too(outer):
+    square = jax.grad(lambda x: jnp.square(max_pool(x, 2)).sum())
+    curvature = jax.jit(outer(square))(jnp.ones((1, 2, 2, 1))).reshape(4, 4)
+    np.testing.assert_array_equal(curvature, np.diag([2.0, 0, 0, 0]))
+
+
 def test_the_largest_of_a_window_with_nan_is_nan():
     windows = jnp.asarray([[1, jnp.nan, 2, 3], [jnp.nan, 1, 2, 3], [1, 2, 3, jnp.nan]], jnp.float32).reshape(3, 2, 2, 1)
     assert np.isnan(max_pool(windows, 2)).all()
+    slopes = jax.jit(jax.grad(lambda x: max_pool(x, 2).sum()))(windows)
+    np.testing.assert_array_equal(slopes, np.isnan(windows))
 
 
 @pytest.mark.parametrize(("padding", "side"), [("VALID", 4), ("SAME", 6)])
