@@ -157,12 +157,14 @@ def markdown(table: dict[str, dict[str, Any]]) -> str:
     if entry := table.get("context"):
         lines += ["", f"Context, at {TOKENS:,} tokens a step ({entry['model']}), {_place(entry)}:", ""]
         lines += [
-            "| context | ms a step | by the formula | bytes a token beside the state | kept for the backward pass, by shapes |",
-            "|---|---|---|---|---|",
+            "| context | ms a step | by the formula | by what is multiplied | bytes a token beside the state | kept for the backward pass, by shapes |",
+            "|---|---|---|---|---|---|",
         ]
         for point in entry["points"]:
-            cells = [f"{point['context']:,}", f"{point['ms_per_step']:,.0f}", f"{point['formula_ms']:,.0f}", f"{point['bytes_per_token']:,.0f}"]
-            lines.append(f"| {' | '.join([*cells, format(point['kept_per_token'], ',.0f')])} |")
+            numbers = ("context", "ms_per_step", "formula_ms", "computed_ms", "bytes_per_token", "kept_per_token")
+            lines.append(f"| {' | '.join(format(point[name], ',.0f') for name in numbers)} |")
+        lines += ["", "By the formula: the time of the first row times what the model has to compute. Beyond 512 positions weights are not kept but computed"]
+        lines += ["again, and a span of queries multiplies masked keys, too: by what is multiplied counts both."]
         lines += ["", "![Step time and memory over the context](context.png)"]
     if entry := table.get("devices"):
         lines += ["", f"Bytes that each device holds of the state ({entry['model']}), `parallel=fsdp`, {_place(entry)}:", ""]
@@ -245,7 +247,8 @@ def _context() -> dict[str, Any]:
     points = [json.loads(_out(f"import runpy; runpy.run_path({str(__file__)!r})['context_point']({context})")) for context in CONTEXTS]
     first = points[0]
     for point in points:
-        point["formula_ms"] = first["ms_per_step"] * point["flops_per_token"] / first["flops_per_token"]
+        for name, flops in (("formula_ms", "flops_per_token"), ("computed_ms", "step_flops_per_token")):
+            point[name] = first["ms_per_step"] * point[flops] / first[flops]
     from research.figures.scaling import over_context
 
     over_context(points, FIGURE, title=f"{TOKENS:,} tokens a step, cut into longer texts")
@@ -259,7 +262,7 @@ def context_point(context: int) -> None:
 
     from research.core.memory import keep_freed_memory
     from research.training.preflight import abstract_state, residual_bytes
-    from research.training.utilisation import model_flops
+    from research.training.utilisation import model_flops, step_flops
 
     keep_freed_memory()  # as in training
     rows = TOKENS // context
@@ -277,7 +280,8 @@ def context_point(context: int) -> None:
         seconds.append(time.perf_counter() - start)
     kept = residual_bytes(assembly.step.objective, abstract_state(assembly), None, shapes)
     numbers = {"ms_per_step": 1e3 * float(np.median(seconds[1:])), "bytes_per_token": temporary / TOKENS, "kept_per_token": kept / TOKENS}
-    print(json.dumps({"context": context, **numbers, "flops_per_token": model_flops(assembly).flops}))
+    flops = {"flops_per_token": model_flops(assembly).flops, "step_flops_per_token": step_flops(assembly, rows).flops / TOKENS}
+    print(json.dumps({"context": context, **numbers, **flops}))
 
 
 def _devices() -> dict[str, Any]:
