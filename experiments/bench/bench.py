@@ -157,7 +157,7 @@ def markdown(table: dict[str, dict[str, Any]]) -> str:
     if entry := table.get("context"):
         lines += ["", f"Context, at {TOKENS:,} tokens a step ({entry['model']}), {_place(entry)}:", ""]
         lines += [
-            "| context | ms a step | by the formula | by what is multiplied | bytes a token beside the state | kept for the backward pass, by shapes |",
+            "| context | ms a step | by the formula | by what is multiplied | bytes a token beside the state | kept for the backward pass |",
             "|---|---|---|---|---|---|",
         ]
         for point in entry["points"]:
