@@ -163,11 +163,8 @@ def markdown(table: dict[str, dict[str, Any]]) -> str:
         for point in entry["points"]:
             numbers = ("context", "ms_per_step", "formula_ms", "computed_ms", "bytes_per_token", "kept_per_token")
             lines.append(f"| {' | '.join(format(point[name], ',.0f') for name in numbers)} |")
-        lines += [
-            "",
-            "By the formula: the time of the first row times what the model has to compute. Beyond 512 positions weights are not kept but computed",
-        ]
-        lines += ["again, and a span of queries multiplies masked keys, too: by what is multiplied counts both."]
+        lines += ["", "By the formula: the time of the first row times what the model has to compute. Beyond 512 positions weights are not kept but"]
+        lines += ["computed again, and a span of queries multiplies masked keys, too: by what is multiplied counts both."]
         lines += ["", "![Step time and memory over the context](context.png)"]
     if entry := table.get("devices"):
         lines += ["", f"Bytes that each device holds of the state ({entry['model']}), `parallel=fsdp`, {_place(entry)}:", ""]
